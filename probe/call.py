@@ -1,0 +1,141 @@
+"""The nouns everything speaks: a place where attention is computed, and one execution of it.
+
+Letters: B batch, H query heads, G key/value heads, Q queries, K keys, D width of a query or key, V width of a value.
+Canonical layouts, whatever the model's own: q [B, H, Q, D], k [B, G, K, D], v [B, G, K, V],
+scores and pattern [B, H, Q, K], z [B, H, Q, V] (per head, before the output projection),
+o [B, H, Q, E] (per head, after it; E is the width of the residual stream).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Protocol
+
+from torch import Tensor
+
+
+STAGES = ("q.pre", "k.pre", "q", "k", "v", "bias", "scores", "pattern", "z", "o")
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One place in a model where attention is computed.
+
+    Attributes:
+        name: module path, `#`, ordinal: `model.layers.3.self_attn#0`.
+        module: the path alone.
+        ordinal: n-th attention within one call of that module.
+        layer: index of the block the site stands in; None where the path carries no number.
+        kind: `self`, `cross`, `joint` (two streams in one attention) or `window` (windows or frames folded into the batch).
+        query_heads: H.
+        kv_heads: G; H is a multiple of it.
+        key_dim: D.
+        value_dim: V.
+        mechanism: how it was caught: `sdpa`, `flex`, `dataflow`, or the name of a library adapter.
+        normaliser: `softmax`, `sigmoid`, `exp-sum`, `relu`.
+        causal: the call masked the future by a flag (a mask tensor that does so is not looked into).
+        softcap: the cap c of c·tanh(s/c), where there is one.
+        sinks: the normaliser ran over extra columns that carry no value.
+        bias: something was added to the scores, or masked out.
+        fold: how many windows, rows or frames the model folded into the batch.
+        output_projection: path of the linear map W_O that z goes into, where one was seen.
+    """
+
+    name: str
+    module: str
+    ordinal: int
+    layer: int | None
+    kind: str
+    query_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    mechanism: str
+    normaliser: str = "softmax"
+    causal: bool = False
+    softcap: float | None = None
+    sinks: bool = False
+    bias: bool = False
+    fold: int = 1
+    output_projection: str | None = None
+
+    def to_dict(self) -> dict[str, str | int | float | bool | None]:
+        """A plain dict of the fields, ready for JSON."""
+        return asdict(self)
+
+    def named(self, **changes: str | int | float | bool | None) -> AttentionSite:
+        """The same site with some fields replaced."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """One execution of a site. Tensors are canonical views of the model's own; see the module docstring.
+
+    `mask` (True = may be seen) and `bias` broadcast to [B, H, Q, K]. A site caught by dataflow carries no mask or bias
+    of its own: what its code did between q·kᵀ and the normaliser is kept as a replay, which `scores()` runs.
+    """
+
+    site: AttentionSite
+    step: int
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    scale: float = 1.0
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    is_causal: bool = False
+    softcap: float | None = None
+    sink: Tensor | None = None
+    recomputed: bool = False  # a checkpoint's second forward: edits apply, captures do not count it
+    z: Tensor | None = None
+    # Scores as the model's own code makes them from (q, k), [B, H, Q, K]; None where scale, mask and bias say it all.
+    replay: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
+    # The normalised pattern where it was materialised anyway (by the model's code or for an edit).
+    materialised: Tensor | None = field(default=None, repr=False)
+    materialised_scores: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def queries(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def keys(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def groups(self) -> int:
+        """How many query heads share one key/value head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+
+class Handler(Protocol):
+    """What an interception calls at every attention call: captures, plans, attribution rules.
+
+    Handlers run in the order they were entered; all changes at a stage come before anything is computed from it.
+    """
+
+    changes: bool  # True for handlers that change the model (plans), False for those that only look
+
+    def stages(self, site: AttentionSite) -> frozenset[str]:
+        """The stages this handler changes at this site. Asked at every call; cheap."""
+        ...
+
+    def reads(self, site: AttentionSite) -> frozenset[str]:
+        """Of `scores` and `pattern`, those that `see` wants to find materialised if the model's code forms them anyway."""
+        ...
+
+    def change(self, call: AttentionCall, stage: str, value: Tensor) -> Tensor:
+        """The value the model is to go on with at this stage (return `value` itself to leave it alone).
+
+        For `bias` the value is what is to be added to the scores so far, broadcastable to [B, H, Q, K] (a scalar zero
+        when nothing was added before).
+        """
+        ...
+
+    def see(self, call: AttentionCall) -> None:
+        """The finished call, with `z` set."""
+        ...
+
+
