@@ -1,0 +1,5 @@
+"""Catching attention: one mechanism for every model; see `session` and `dataflow`."""
+
+from headscope.probe.interception.session import Session, check_model, intercept
+
+__all__ = ["Session", "check_model", "intercept"]

@@ -1,0 +1,62 @@
+"""Scoped replacement of a plain function under every name it was imported as.
+
+For the few calls that the function mode cannot see because they are no torch functions. The wrapper falls through in
+threads that watch nothing; the last scope to leave puts every name back.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Replacement:
+    """One function's wrapper, installed while anyone is inside `installed`.
+
+    Args:
+        find: where the original is now; None while its library is not imported.
+        wrap: makes the wrapper from the original.
+        prefix: only modules whose name starts so are searched; "" for all.
+    """
+
+    def __init__(self, find: Callable[[], tuple[str, str] | None], wrap: Callable[[Callable[..., Any]], Callable[..., Any]], prefix: str = "") -> None:
+        self.find, self.wrap, self.prefix = find, wrap, prefix
+        self.users = 0
+        self.undo: list[tuple[dict[str, Any], str, Any]] = []
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                self._install()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if self.users == 0:
+                    for space, name, original in reversed(self.undo):
+                        space[name] = original
+                    self.undo.clear()
+
+    def _install(self) -> None:
+        home = self.find()
+        if home is None or home[0] not in sys.modules:
+            return
+        original = vars(sys.modules[home[0]]).get(home[1])
+        if original is None:
+            return
+        wrapper = self.wrap(original)
+        for module_name, module in list(sys.modules.items()):
+            space = getattr(module, "__dict__", None)
+            if not isinstance(space, dict) or not module_name.startswith(self.prefix):
+                continue
+            for name, value in list(space.items()):
+                if value is original:
+                    self.undo.append((space, name, value))
+                    space[name] = wrapper

@@ -1,0 +1,366 @@
+"""One thread's watch over a model: who is listening, where in the model we are, which call this is.
+
+A `Session` belongs to one model and one thread. Handlers (captures, plans, attribution rules) enter it; while any is
+inside, a `TorchFunctionMode` sees every torch call of the thread (`dataflow.Tracker`), recognises attention, and
+asks the session which site and step it is. Nothing of the model is changed: a few forward hooks tell where a call
+begins, and they go when the last handler leaves.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from headscope.kernels.errors import EditError, NotIntercepted, ShapeError
+from headscope.probe.call import AttentionCall, AttentionSite, Handler
+
+WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+PREFIXES = re.compile(r"^(module\.|base_model\.model\.)")
+CHECKPOINT = torch.utils.checkpoint.__file__
+
+_sessions: dict[tuple[int, int], Session] = {}  # (id of the model, thread) -> its session
+_lock = threading.Lock()
+
+
+def clean_path(path: str) -> str:
+    """A module path without what wrappers (compile, FSDP, DataParallel, peft) put into it."""
+    path = WRAPPERS.sub("", path).lstrip(".")
+    return PREFIXES.sub("", path)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the model a torch call was made."""
+
+    session: Session
+    path: str
+    module: nn.Module
+    frame: FrameType | None = field(repr=False, default=None)  # the innermost frame that holds the module
+    forward: FrameType | None = field(repr=False, default=None)  # its forward()
+    checkpointed: bool = False  # inside a checkpointed region that will be run again for the backward
+    reentrant: bool = False
+    recomputed: bool = False  # this is that second run
+
+
+@dataclass(eq=False)
+class Entry:
+    """One handler inside a session."""
+
+    handler: Handler
+    strict: bool
+    base: Counter[str]  # steps of each site when the handler entered: its own steps count from there
+    calls: int = 0
+    sites: set[str] = field(default_factory=set)
+
+
+class Session:
+    """The watch of one thread over one model; see the module docstring."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.thread = threading.get_ident()
+        self.paths: dict[int, str] = {}
+        self.modules: dict[str, nn.Module] = {}
+        for path, module in model.named_modules():
+            self.paths.setdefault(id(module), clean_path(path))
+            self.modules.setdefault(clean_path(path), module)
+        self.parameters = {id(p): clean_path(name) for name, p in model.named_parameters()}
+        self.entries: list[Entry] = []
+        self.sites: dict[str, AttentionSite] = {}
+        self.steps: Counter[str] = Counter()
+        self.ordinals: Counter[str] = Counter()
+        self.unclaimed: list[str] = []  # normalisers over activation products that became no attention call
+        self.forwards = 0
+        self.batch: int | None = None
+        self.depth = 0
+        self.hooked: set[str] = set()
+        self.recomputed: set[str] = set()  # sites that a checkpoint has run again inside this session
+        self.watch: Any = None  # the thread's function mode, set by `dataflow.watch`
+        self.pending: list[Any] = []  # candidates of the running forward: normalised, not yet multiplied with a value
+        self._stack = ExitStack()
+
+    # -- entering and leaving --------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        from headscope.probe.interception import flex, graph
+        from headscope.probe.interception.dataflow import watch
+
+        with ExitStack() as stack:
+            stack.callback(_sessions.pop, (id(self.model), self.thread), None)
+            before = self.model.register_forward_pre_hook(self._root_begins, with_kwargs=True, prepend=True)
+            stack.callback(before.remove)
+            after = self.model.register_forward_hook(self._root_ends, always_call=True)
+            stack.callback(after.remove)
+            stack.enter_context(flex.patched())
+            stack.enter_context(graph.watched(self))
+            stack.enter_context(watch(self))
+            if "torch._dynamo" in sys.modules:  # compiled code would run past the mode: run it eagerly meanwhile
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        self.pending.clear()
+        self._stack.close()
+
+    def add(self, handler: Handler, strict: bool) -> Entry:
+        entry = Entry(handler, strict, Counter(self.steps))
+        self.entries.append(entry)
+        return entry
+
+    # -- hooks -----------------------------------------------------------------------------------------------------
+
+    def _refuse_thread(self, module: nn.Module) -> None:
+        raise NotIntercepted(
+            f"{type(module).__name__} was called from another thread while an edit or a capture is active in thread {self.thread}: "
+            "that call would run without it. Enter the probe or plan inside the thread that calls the model "
+            "(DataParallel replicas cannot be watched: use one device, or DistributedDataParallel)"
+        )
+
+    def _root_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != self.thread:
+            if (id(self.model), threading.get_ident()) not in _sessions and not _recomputing():
+                self._refuse_thread(module)
+            return
+        if self.depth == 0:
+            self.pending.clear()
+            self.ordinals.clear()
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
+            self.batch = tensors[0].shape[0] if tensors else None
+        self.depth += 1
+
+    def _root_ends(self, module: nn.Module, args: tuple[Any, ...], result: object) -> None:
+        if threading.get_ident() != self.thread:
+            return
+        self.depth = max(0, self.depth - 1)
+        if self.depth == 0:
+            self.forwards += 1
+            if result is not None:
+                self.settle()
+            self.pending.clear()
+
+    def watch_module(self, path: str) -> None:
+        """Learn when this module is called, so that the ordinals of its attention calls start anew."""
+        if path in self.hooked:
+            return
+        self.hooked.add(path)
+        module = self.modules[path]
+        borrowed: list[ExitStack] = []
+
+        def begins(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if threading.get_ident() != self.thread:
+                if _recomputing():  # a checkpoint's second run in autograd's own thread: lend it the mode
+                    from headscope.probe.interception.dataflow import lend
+
+                    stack = ExitStack()
+                    stack.enter_context(lend(self))
+                    borrowed.append(stack)
+                elif (id(self.model), threading.get_ident()) in _sessions:
+                    return
+                else:
+                    self._refuse_thread(module)
+            self.ordinals.pop(path, None)
+
+        def ends(module: nn.Module, args: tuple[Any, ...], result: object) -> None:
+            if borrowed and threading.get_ident() != self.thread:
+                borrowed.pop().close()
+
+        self._stack.callback(module.register_forward_pre_hook(begins, prepend=True).remove)
+        self._stack.callback(module.register_forward_hook(ends, always_call=True).remove)
+
+    # -- what an attention call asks -------------------------------------------------------------------------------
+
+    def claim(self, path: str) -> int:
+        """The ordinal of the next attention in this call of the module."""
+        ordinal = self.ordinals[path]
+        self.ordinals[path] += 1
+        self.watch_module(path)
+        return ordinal
+
+    def site(self, name: str, build: Any) -> AttentionSite:
+        if name not in self.sites:
+            self.sites[name] = build()
+        return self.sites[name]
+
+    def stages(self, site: AttentionSite) -> frozenset[str]:
+        found: frozenset[str] = frozenset()
+        for entry in self.entries:
+            found |= entry.handler.stages(site)
+        return found
+
+    def reads(self, site: AttentionSite) -> frozenset[str]:
+        """Stages whose materialised value some handler wants to see when the call is finished."""
+        found: frozenset[str] = frozenset()
+        for entry in self.entries:
+            found |= entry.handler.reads(site)
+        return found
+
+    def changing(self) -> bool:
+        return any(entry.handler.changes for entry in self.entries)
+
+    def change(self, call: AttentionCall, stage: str, value: Tensor) -> Tensor:
+        """Let every handler change a value; the one given comes back itself when none does."""
+        count = call.step
+        for entry in self.entries:
+            if stage not in entry.handler.stages(call.site):
+                continue
+            call.step = count - entry.base[call.site.name]
+            changed = entry.handler.change(call, stage, value)
+            if changed is not value and stage != "bias" and changed.shape != value.shape:
+                raise ShapeError(
+                    f"an edit at stage {stage!r} of {call.site.name} returned shape {tuple(changed.shape)} for {tuple(value.shape)}: "
+                    "an edit must keep the shape"
+                )
+            value = changed
+        call.step = count
+        return value
+
+    def finish(self, call: AttentionCall) -> None:
+        count = call.step
+        for entry in self.entries:
+            entry.calls += 1
+            entry.sites.add(call.site.name)
+            call.step = count - entry.base[call.site.name]
+            entry.handler.see(call)
+        call.step = count
+
+    def next_step(self, site: str, recomputed: bool) -> int:
+        """Number of this call of the site; a recomputed one carries the number of the call it repeats."""
+        if recomputed:
+            return max(0, self.steps[site] - 1)
+        self.steps[site] += 1
+        return self.steps[site] - 1
+
+    def guard_checkpoint(self, place: Place) -> None:
+        if place.reentrant and self.changing():
+            raise EditError(
+                f"{place.path} runs inside a reentrant gradient checkpoint, whose second forward would lose the edit after the scope ends: "
+                "use non-reentrant checkpointing (gradient_checkpointing_kwargs={'use_reentrant': False})"
+            )
+
+    # -- never miss silently ---------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """At the end of a forward: every normalised product must have become an attention call."""
+        lost = [p.complaint for p in self.pending if p.complaint is not None and not p.confirmed]
+        self.pending.clear()
+        if not lost:
+            return
+        self.unclaimed.extend(lost)
+        if any(entry.strict for entry in self.entries):
+            raise NotIntercepted(
+                f"{len(lost)} attention-like operation(s) were seen but not caught:\n  " + "\n  ".join(dict.fromkeys(lost)) + "\n"
+                "What is caught elsewhere stays valid: pass strict=False to go on without these, and list them with probe.unclaimed"
+            )
+
+    def check_ran(self, entry: Entry) -> None:
+        """A handler that leaves without having seen any attention call has been silently useless: say so."""
+        if entry.calls or not entry.strict:
+            return
+        name = type(self.model).__name__
+        if self.forwards == 0:
+            raise NotIntercepted(f"the model ({name}) was not run inside the scope: call it, or its generate(), between entering and leaving")
+        advice = "it computes no attention that torch functions show"
+        if any(isinstance(m, torch.jit.ScriptModule) for m in self.model.modules()):
+            advice = "it holds TorchScript modules, whose inside runs past Python: load the original nn.Module instead"
+        raise NotIntercepted(f"{self.forwards} forward(s) of {name} showed 0 attention sites: {advice}")
+
+
+def _recomputing() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == CHECKPOINT and frame.f_code.co_name in {"recompute_fn", "backward", "unpack_hook"}:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def locate(sessions: list[Session]) -> Place | None:
+    """The innermost module of a watched model whose code is running, found by walking up the Python frames."""
+    frame: FrameType | None = sys._getframe(1)
+    found: tuple[Session, str, nn.Module, FrameType] | None = None
+    forward: FrameType | None = None
+    checkpointed = reentrant = recomputed = False
+    while frame is not None:
+        code = frame.f_code
+        if (found is None or (forward is None and code.co_name == "forward")) and code.co_argcount:
+            owner = frame.f_locals.get(code.co_varnames[0])
+            if found is not None and owner is found[2]:
+                forward = frame
+                owner = None
+            elif found is not None:
+                owner = None
+            if isinstance(owner, nn.Module):
+                for session in sessions:
+                    path = session.paths.get(id(owner))
+                    if path is not None:
+                        found = (session, path, owner, frame)
+                        forward = frame if code.co_name == "forward" else None
+                        break
+        if code.co_filename == CHECKPOINT:
+            if code.co_name == "checkpoint":
+                checkpointed = True
+            elif code.co_name == "forward":
+                reentrant = True
+            elif code.co_name in {"recompute_fn", "backward"}:
+                recomputed = True
+        frame = frame.f_back
+    if found is None:
+        return None
+    return Place(*found, forward, checkpointed=checkpointed and not recomputed, reentrant=reentrant and not recomputed, recomputed=recomputed)
+
+
+def check_model(model: object) -> nn.Module:
+    """The module itself, if it can be watched at all."""
+    if not isinstance(model, nn.Module):
+        inner = [name for name, value in vars(model).items() if isinstance(value, nn.Module)] if hasattr(model, "__dict__") else []
+        hint = f": pass one of its modules ({', '.join(inner[:6])})" if inner else ""
+        raise NotIntercepted(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
+    return model
+
+
+@contextmanager
+def intercept(model: nn.Module, handler: Handler, strict: bool = True) -> Iterator[Session]:
+    """Show every attention call of `model` in this thread to `handler` while the block runs.
+
+    Scopes on one model nest and may be left in any order. On leaving, also by an exception, the model is as it was.
+
+    Args:
+        model: any nn.Module.
+        handler: see `headscope.probe.call.Handler`.
+        strict: raise when attention-like operations were seen but not caught, or when nothing was caught at all.
+
+    Raises:
+        NotIntercepted: see `strict`; also for a call from a thread that did not enter.
+    """
+    check_model(model)
+    key = (id(model), threading.get_ident())
+    with _lock:
+        session = _sessions.get(key)
+        if session is None:
+            session = Session(model)
+            session.open()
+            _sessions[key] = session
+    entry = session.add(handler, strict)
+    try:
+        yield session
+        if session.depth == 0:
+            session.settle()
+        session.check_ran(entry)
+    finally:
+        session.entries.remove(entry)
+        if not session.entries:
+            session.close()
+
+
+__all__ = ["Entry", "Place", "Session", "check_model", "clean_path", "intercept", "locate"]

@@ -1,0 +1,94 @@
+"""What the dataflow tracker remembers about a tensor: which product it came from, and how to make it again.
+
+A `Node` stands for one tensor that descends from a product of two activations. While it is still scores, the node also
+holds the call that made it, with its tracked arguments replaced by their nodes, so that the scores can be made again from
+other queries and keys: that is how an edit of q or k reaches hand-written attention, and how a pattern can be computed
+later without keeping it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from headscope.probe.interception.axes import Axes
+from headscope.probe.interception.products import Product
+
+
+@dataclass(eq=False)
+class Node:
+    """One tracked tensor.
+
+    Attributes:
+        stage: `scores`, `stat` (a reduction of scores: a maximum, a sum), `exp`, `pattern` or `z`.
+        axes: what its dimensions are made of; None where that was lost.
+        product: the product of activations it descends from.
+        path: module in which that product was made.
+        func, args, kwargs, pick: the call that made it, for replay (scores and stats only).
+        inplace: the call wrote into its first argument.
+        candidate: from the normaliser on, the attention call in the making.
+        operations: names of the torch calls since the product.
+    """
+
+    stage: str
+    axes: Axes | None
+    product: Product | None = None
+    path: str = ""
+    func: Callable[..., Any] | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    pick: int | None = None
+    inplace: bool = False
+    candidate: Any = None
+    operations: frozenset[str] = frozenset()
+    summed: bool = False
+
+
+def replay(node: Node, swap: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Make a node's tensor again, with some operands of its products swapped for others.
+
+    Args:
+        node: of stage `scores` or `stat`.
+        swap: pairs (operand as it was, operand to use instead); an operand that shares its memory and shape follows too.
+    """
+    made: dict[int, Any] = {}
+
+    def operand(tensor: Tensor) -> Tensor:
+        for old, new in swap:
+            if tensor is old or (tensor.shape == old.shape and tensor.data_ptr() == old.data_ptr() and tensor.stride() == old.stride()):
+                return new
+        return tensor
+
+    def value(item: Any) -> Any:
+        if isinstance(item, Node):
+            return make(item)
+        if isinstance(item, list | tuple):
+            return type(item)(value(x) for x in item)
+        return item
+
+    def make(item: Node) -> Any:
+        if id(item) in made:
+            return made[id(item)]
+        if item.func is None:
+            if item.product is None:
+                raise ValueError("a tracked tensor without a way to make it again")
+            result: Any = item.product.rebuild(operand(item.product.first), operand(item.product.second))
+        else:
+            args = tuple(value(x) for x in item.args)
+            kwargs = {name: value(x) for name, x in item.kwargs.items()}
+            if item.inplace:
+                target = args[0].clone()
+                item.func(target, *args[1:], **kwargs)
+                result = target
+            else:
+                result = item.func(*args, **kwargs)
+            if item.pick is not None:
+                result = result[item.pick]
+        made[id(item)] = result
+        return result
+
+    result: Tensor = make(node)
+    return result
