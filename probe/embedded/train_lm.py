@@ -25,11 +25,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 HELD_OUT = 0.05  # the last part of each text is never trained on
-STAGES = ((0.85, 256, 12), (1.0, 1024, 3))  # (until this share of the steps, sequence length S, sequences B)
+STAGES = ((0.5, 128, 24), (0.85, 256, 12), (1.0, 1024, 3))  # (until this share of the steps, sequence length S, sequences B)
 
 
-# (until this share of the steps, share of sequences that repeat a span): prose first, then a push for induction
-REPEATED = ((0.4, 0.25), (0.8, 0.6), (1.0, 0.3))
+REPEATED = ((0.6, 0.5), (1.0, 0.25))  # (until this share of the steps, share of sequences that repeat a span)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -58,25 +57,38 @@ def build_config(vocab_size: int) -> LlamaConfig:
     )  # fmt: skip
 
 
-def sample_batch(streams: list[np.ndarray], n: int, length: int, repeated: float, rng: np.random.Generator, vocab: int) -> torch.Tensor:
-    """Sequences that start with `<s>`: prose, or a random span of tokens repeated to the end, [B, S]."""
+def sample_batch(
+    streams: list[np.ndarray], n: int, length: int, repeated: float, rng: np.random.Generator, vocab: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences that start with `<s>`, and their labels, both [B, S].
+
+    Either prose, or a span repeated to the end: half of those are spans of random tokens, which nothing but the
+    repetition predicts; their first copy is unpredictable, so it is left out of the loss (label -100).
+    """
     weights = np.array([len(s) for s in streams], dtype=float)
-    rows = []
+    rows, labels = [], []
     for _ in range(n):
         stream = streams[rng.choice(len(streams), p=weights / weights.sum())]
+        target = None
         if rng.random() < repeated:
-            period = int(rng.integers(8, min(length // 2, 256)))
-            if rng.random() < 0.5:  # random tokens: nothing but the repetition predicts them
+            longest = min(length // 2, 256)
+            period = int(np.exp(rng.uniform(np.log(4), np.log(longest))))  # log-uniform: short repetitions teach first
+            if rng.random() < 0.5:
                 span = rng.integers(3, vocab, size=period)
+                target = np.full(length, -100, dtype=np.int64)
             else:
                 start = int(rng.integers(0, len(stream) - period))
                 span = stream[start : start + period]
             row = np.tile(span, length // period + 1)[: length - 1]
+            if target is not None:
+                target[1 + period :] = row[period:]
         else:
             start = int(rng.integers(0, len(stream) - length))
             row = stream[start : start + length - 1]
-        rows.append(np.concatenate([[0], row]))
-    return torch.from_numpy(np.stack(rows)).long()
+        row = np.concatenate([[0], row])
+        rows.append(row)
+        labels.append(row if target is None else target)
+    return torch.from_numpy(np.stack(rows)).long(), torch.from_numpy(np.stack(labels)).long()
 
 
 @torch.no_grad()
@@ -150,12 +162,12 @@ def train(args: argparse.Namespace) -> None:
         _, length, batch = next(stage for stage in STAGES if share < stage[0])
         rng = np.random.default_rng([args.seed, step])  # one generator a step: a resumed run sees the same data
         repeated = next(amount for until, amount in REPEATED if share < until)
-        ids = sample_batch(training, batch, length, repeated, rng, vocab)
+        ids, labels = sample_batch(training, batch, length, repeated, rng, vocab)
         rate = args.lr * min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -185,7 +197,7 @@ def train(args: argparse.Namespace) -> None:
     induction, previous = stripe_scores(final, vocab)
     report = {
         "arguments": {"steps": args.steps, "lr": args.lr, "repeated": REPEATED, "seed": args.seed, "vocab": vocab,
-                      "bf16": args.bf16, "threads": args.threads, "stages": STAGES},
+                      "bf16": args.bf16, "threads": args.threads, "batch_stages": STAGES},
         "texts": [{"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "held_out_characters": len(text) - c}
                   for path, text, c in zip(args.text, texts, cut, strict=True)],
         "parameters": sum(p.numel() for p in final.parameters()),
@@ -202,7 +214,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 text files to train on; the last 5 %% of each is held out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "lm", help="folder of the finished model")
     parser.add_argument("--work", type=Path, default=Path("lm-training"), help="folder of the checkpoint; run again to resume")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--every", type=int, default=100, help="steps between evaluations and checkpoints")
