@@ -129,8 +129,8 @@ class Capture:
             return
         if torch._C._functorch.is_functorch_wrapped_tensor(call.q):
             raise NotIntercepted("tensors inside vmap or jacrev cannot be kept beyond it: capture a plain call, or loop over the samples")
-        record = self._record(call)
-        self.records[call.site.name, call.step] = record
+        with torch.set_grad_enabled(self.keep.gradient and torch.is_grad_enabled()):  # looking must save nothing for a backward
+            self.records[call.site.name, call.step] = self._record(call)
 
     def _wants(self, site: AttentionSite) -> bool:
         if self._layers is not None and site.layer not in self._layers:
@@ -197,11 +197,10 @@ class Capture:
             pattern = reference.pattern(call.replay(call.q, call.k), sink=call.sink)
         facts = _facts(call, chosen)
         if pattern is None and keep.pattern:
-            with torch.set_grad_enabled(keep.gradient):
-                pattern = reference.pattern(reference.scores(**facts["scores"]), sink=facts["sink"])
-                put("pattern", pattern, None)
-                if chosen is not None:
-                    pattern = None
+            pattern = reference.pattern(reference.scores(**facts["scores"]), sink=facts["sink"])
+            put("pattern", pattern, None)
+            if chosen is not None:
+                pattern = None
         elif pattern is not None and keep.pattern:
             put("pattern", pattern, chosen)
         if keep.rows is not None:
@@ -222,6 +221,7 @@ class Capture:
             for name, tensor in found.tensors().items():
                 put(STATISTIC + name, tensor, None)
 
+    @torch.no_grad()
     def _check_finite(self, call: AttentionCall) -> None:
         for name, tensor in (("q", call.q), ("k", call.k)):
             if not bool(torch.isfinite(tensor).all()):

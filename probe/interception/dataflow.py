@@ -195,10 +195,8 @@ class Tracker:
             return "sdpa"
         if name == "multi_head_attention_forward":
             return "composite"
-        if func is torch.Tensor.backward:
-            return "backward"
-        if func is torch.autograd.grad:
-            return "composite"
+        if func in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
+            return "composite"  # a checkpoint's second forward happens in there
         if name in CONTRACT:
             return "contract"
         if any(word in name.lower() for word in ("attention", "attn", "mha_fwd", "mha_varlen", "encoder_layer_fwd", "native_multi_head")):
@@ -217,9 +215,6 @@ class Tracker:
             return fused.run(self, func, args, kwargs)
         if kind == "composite":
             return self.reenter(func, args, kwargs)
-        if kind == "backward":
-            with self.mode:  # a checkpoint's second forward happens in here
-                return torch.autograd.backward(*args, **kwargs)
         if kind == "opaque":
             return self.opaque(func, args, kwargs)
         tracked = self.tracked(args, kwargs) if self.nodes else []
@@ -250,7 +245,7 @@ class Tracker:
         """Run a Python composite so that its inner calls are seen: a copy of it that does not hand itself to the mode again."""
         inner = types.FunctionType(
             func.__code__,
-            {**func.__globals__, "has_torch_function": lambda *_: False},
+            {**func.__globals__, **dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never)},
             func.__name__,
             func.__defaults__,
             func.__closure__,
@@ -796,6 +791,10 @@ class Tracker:
                     return float(number)
             todo.extend(x for x in item.args if isinstance(x, Node))
         return None
+
+
+def _never(*_: Any) -> bool:
+    return False
 
 
 def _untaped(*_: Any, **__: Any) -> Any:

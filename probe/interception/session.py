@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -61,7 +61,7 @@ class Entry:
     strict: bool
     base: Counter[str]  # steps of each site when the handler entered: its own steps count from there
     calls: int = 0
-    sites: set[str] = field(default_factory=set)
+    undo: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Session:
@@ -84,6 +84,7 @@ class Session:
         self.forwards = 0
         self.batch: int | None = None
         self.depth = 0
+        self.tapped: set[tuple[str, str]] = set()  # (module, stage) hooked for edits before rotation
         self.hooked: set[str] = set()
         self.recomputed: set[str] = set()  # sites that a checkpoint has run again inside this session
         self.watch: Any = None  # the thread's function mode, set by `dataflow.watch`
@@ -114,9 +115,24 @@ class Session:
         self._stack.close()
 
     def add(self, handler: Handler, strict: bool) -> Entry:
+        from headscope.probe.interception import projections
+
         entry = Entry(handler, strict, Counter(self.steps))
         self.entries.append(entry)
+        try:
+            if handler.changes:
+                projections.install(self, handler, entry.undo)
+        except BaseException:
+            self.drop(entry)
+            raise
         return entry
+
+    def drop(self, entry: Entry) -> None:
+        for undo in entry.undo:
+            undo()
+        self.entries.remove(entry)
+        if not self.entries:
+            self.close()
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -193,9 +209,14 @@ class Session:
         return self.sites[name]
 
     def stages(self, site: AttentionSite) -> frozenset[str]:
+        """All stages that some handler changes at this site."""
         found: frozenset[str] = frozenset()
         for entry in self.entries:
             found |= entry.handler.stages(site)
+        if found & {"q.pre", "k.pre"}:
+            from headscope.probe.interception import projections
+
+            projections.check(self, site, found)
         return found
 
     def reads(self, site: AttentionSite) -> frozenset[str]:
@@ -229,7 +250,6 @@ class Session:
         count = call.step
         for entry in self.entries:
             entry.calls += 1
-            entry.sites.add(call.site.name)
             call.step = count - entry.base[call.site.name]
             entry.handler.see(call)
         call.step = count
@@ -358,9 +378,7 @@ def intercept(model: nn.Module, handler: Handler, strict: bool = True) -> Iterat
             session.settle()
         session.check_ran(entry)
     finally:
-        session.entries.remove(entry)
-        if not session.entries:
-            session.close()
+        session.drop(entry)
 
 
 __all__ = ["Entry", "Place", "Session", "check_model", "clean_path", "intercept", "locate"]

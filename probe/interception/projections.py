@@ -1,0 +1,110 @@
+"""Queries and keys before their rotary embedding: the stages `q.pre` and `k.pre`.
+
+What enters the rotation is the output of the query (key) projection, or of its norm where there is one. These are modules of
+their own in most models; a forward hook on them changes what is rotated and what a KV cache stores. Where one projection
+makes q, k and v together there is no such place, and the edit is refused by name.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from headscope.kernels.errors import EditError, ShapeError
+from headscope.probe.call import AttentionCall, AttentionSite, Handler
+from headscope.probe.interception.candidate import head_count, layer_of
+from headscope.probe.interception.session import Session, _recomputing
+
+# In order of preference: a norm stands after its projection. The second name of a pair belongs to the text stream of joint blocks.
+QUERY = (("q_norm", "norm_q", "query_norm", "q_layernorm", "q_ln", "query_layernorm"), ("q_proj", "to_q", "query", "wq", "q_lin", "query_proj", "q", "linear_q", "W_q"))
+KEY = (("k_norm", "norm_k", "key_norm", "k_layernorm", "k_ln", "key_layernorm"), ("k_proj", "to_k", "key", "wk", "k_lin", "key_proj", "k", "linear_k", "W_k"))
+ADDED = {"q.pre": ("norm_added_q", "add_q_proj"), "k.pre": ("norm_added_k", "add_k_proj")}
+KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "num_key_value_groups_heads")
+
+
+def taps(module: nn.Module, stage: str) -> list[nn.Module]:
+    """The modules whose outputs are q (or k) before rotation; empty where there is none of its own."""
+    names = QUERY if stage == "q.pre" else KEY
+    found = next((child for group in names for name in group if _usable(child := getattr(module, name, None))), None)
+    added = next((child for name in ADDED[stage] if _usable(child := getattr(module, name, None))), None)
+    return [m for m in (found, added) if m is not None]
+
+
+def _usable(child: object) -> bool:
+    return isinstance(child, nn.Module) and not isinstance(child, nn.Identity)
+
+
+def provisional_site(session: Session, path: str, module: nn.Module) -> AttentionSite:
+    """A site as far as it can be described before it was ever called."""
+    heads = head_count(module) or 1
+    config = getattr(module, "config", None)
+    groups = next((n for holder in (module, config) for name in KV_COUNTS if isinstance(n := getattr(holder, name, None), int)), heads)
+    name = f"{path}#0"
+    return session.sites.get(name) or AttentionSite(name, path, 0, layer_of(session, path), "self", heads, groups, 0, 0, "module")
+
+
+def install(session: Session, handler: Handler, undo: list[Callable[[], None]]) -> None:
+    """Hook the taps of every module at which the handler changes `q.pre` or `k.pre`; `undo` gets what removes the hooks."""
+    for path, module in session.modules.items():
+        available = {stage: taps(module, stage) for stage in ("q.pre", "k.pre")}
+        if not all(available.values()):
+            continue
+        site = provisional_site(session, path, module)
+        stages = handler.stages(site)
+        for stage, places in available.items():
+            if stage in stages:
+                session.tapped.add((path, stage))
+                undo.extend(place.register_forward_hook(_hook(session, handler, site, stage)).remove for place in places)
+
+
+def check(session: Session, site: AttentionSite, stages: frozenset[str]) -> None:
+    """Refuse an edit before rotation at a site that has no place for it.
+
+    Raises:
+        EditError: q and k come out of one fused projection, or under a name that is not known.
+    """
+    for stage in sorted(stages & {"q.pre", "k.pre"}):
+        if (site.module, stage) not in session.tapped:
+            children = ", ".join(name for name, _ in session.modules[site.module].named_children()) if site.module in session.modules else ""
+            raise EditError(
+                f"{site.name} has no {'query' if stage[0] == 'q' else 'key'} projection of its own (its modules: {children or 'none'}): "
+                f"{stage} cannot be edited there; edit {stage[0]!r} (after rotation) instead"
+            )
+
+
+def _hook(session: Session, handler: Handler, site: AttentionSite, stage: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
+    heads_last: list[bool] = []
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
+        if threading.get_ident() != session.thread and not _recomputing():
+            return None
+        known = session.sites.get(site.name, site)
+        count = known.query_heads if stage == "q.pre" else known.kv_heads
+        if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
+            raise ShapeError(f"{stage} of {known.name}: expected [batch, token, width] or [batch, token, head, width], got {type(output).__name__}")
+        if output.ndim == 4:
+            if (output.shape[2] == count) != (output.shape[1] == count):
+                heads_last[:] = [output.shape[2] == count]
+            elif not heads_last:
+                heads_last[:] = [output.stride(1) >= output.stride(2)]
+            value = output.transpose(1, 2) if heads_last[0] else output
+        else:
+            if output.shape[-1] % count:
+                raise ShapeError(f"{stage} of {known.name}: width {output.shape[-1]} is not a multiple of its {count} heads")
+            batched = output if output.ndim == 3 else output[None]
+            value = batched.unflatten(-1, (count, -1)).transpose(1, 2)  # [B, H, S, D]
+        entry = next(e for e in session.entries if e.handler is handler)
+        call = AttentionCall(known, session.steps[known.name] - entry.base[known.name], value, value, None)
+        changed = handler.change(call, stage, value)
+        if changed is value:
+            return None
+        if changed.shape != value.shape:
+            raise ShapeError(f"an edit at stage {stage!r} of {known.name} returned shape {tuple(changed.shape)} for {tuple(value.shape)}")
+        if output.ndim == 4:
+            return changed.transpose(1, 2) if heads_last[0] else changed
+        return changed.transpose(1, 2).reshape(output.shape)
+
+    return hook
