@@ -1,17 +1,17 @@
 """Every error that Headscope raises, as one tree.
 
-    HeadscopeError
-    ├── ShapeError            tensors that do not fit together, or do not fit an edit
-    ├── NonFiniteError        NaN or infinity where a number was expected
-    ├── NotIntercepted        attention that was not caught, or cannot be caught this way
-    ├── SelectionError        a site, layer, head, position or step that does not exist or was never hit
-    ├── EditError             an edit that this site cannot express, or edits that contradict each other
-    ├── RecipeError           a recipe that is malformed, or made for another model
-    ├── BudgetError           what was asked would not fit the byte budget
-    ├── StoreError            a capture on disk that is missing, damaged or of another version
-    ├── ModelError            a model that cannot be loaded safely
-    ├── InputError            text or tensors that a model cannot take
-    └── ClosedError           a probe, capture or plan used after it was closed
+HeadscopeError
+├── ShapeError            tensors that do not fit together, or do not fit an edit
+├── NonFiniteError        NaN or infinity where a number was expected
+├── NotIntercepted        attention that was not caught, or cannot be caught this way
+├── SelectionError        a site, layer, head, position or step that does not exist or was never hit
+├── EditError             an edit that this site cannot express, or edits that contradict each other
+├── RecipeError           a recipe that is malformed, or made for another model
+├── BudgetError           what was asked would not fit the byte budget
+├── StoreError            a capture on disk that is missing, damaged or of another version
+├── ModelError            a model that cannot be loaded safely
+├── InputError            text or tensors that a model cannot take
+└── ClosedError           a probe, capture or plan used after it was closed
 """
 
 

@@ -219,9 +219,7 @@ def check_sink(sink: Tensor | None, heads: int, device: torch.device) -> None:
 
 
 def _check_broadcast(name: str, tensor: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> None:
-    fits = tensor.dim() <= 4 and all(
-        given in (1, wanted) for given, wanted in zip(reversed(tensor.shape), reversed(shape), strict=False)
-    )
+    fits = tensor.dim() <= 4 and all(given in (1, wanted) for given, wanted in zip(reversed(tensor.shape), reversed(shape), strict=False))
     if not fits:
         raise ShapeError(f"{name} is {_shape(tensor)}; it must broadcast to [B, H, Q, K] = {list(shape)}")
     if tensor.device != device:

@@ -330,9 +330,7 @@ def _collect(
     return Statistics(**out)
 
 
-def _measure_scores(
-    scores: Tensor, sink: Tensor | None, names: frozenset[str], tile: int | None, positions: Tensor
-) -> dict[str, Tensor]:
+def _measure_scores(scores: Tensor, sink: Tensor | None, names: frozenset[str], tile: int | None, positions: Tensor) -> dict[str, Tensor]:
     """Statistics of one panel of scores [B, H, P, W], W > 0, at these query positions [P]."""
     found: dict[str, Tensor] = {}
     top = scores.amax(dim=-1)  # [B, H, P]

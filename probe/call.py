@@ -14,7 +14,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-
 STAGES = ("q.pre", "k.pre", "q", "k", "v", "bias", "scores", "pattern", "z", "o")
 
 
@@ -88,6 +87,7 @@ class AttentionCall:
     is_causal: bool = False
     softcap: float | None = None
     sink: Tensor | None = None
+    rewritten: bool = False  # an edit changed scores or pattern: they are materialised, and q and k no longer tell them
     recomputed: bool = False  # a checkpoint's second forward: edits apply, captures do not count it
     z: Tensor | None = None
     # Scores as the model's own code makes them from (q, k), [B, H, Q, K]; None where scale, mask and bias say it all.
@@ -137,5 +137,3 @@ class Handler(Protocol):
     def see(self, call: AttentionCall) -> None:
         """The finished call, with `z` set."""
         ...
-
-

@@ -78,7 +78,9 @@ class Record:
         asked = [heads] if isinstance(heads, int) else list(heads)
         for head in asked:
             if not 0 <= head < self.site.query_heads:
-                raise SelectionError(f"no head {head}: {self.site.name} has {self.site.query_heads} heads, 0 to {self.site.query_heads - 1}")
+                raise SelectionError(
+                    f"no head {head}: {self.site.name} has {self.site.query_heads} heads, 0 to {self.site.query_heads - 1}"
+                )
             if head not in kept:
                 raise SelectionError(f"head {head} of {self.site.name} was not kept; kept are {list(kept)}")
         return [kept.index(h) for h in asked]
@@ -144,7 +146,9 @@ class Capture:
             wrong = [h for h in heads if not 0 <= h < site.query_heads]
             if wrong:
                 raise SelectionError(f"no head {wrong[0]}: {site.name} has {site.query_heads} heads, 0 to {site.query_heads - 1}")
-        record = Record(site, call.step, heads, scale=call.scale, is_causal=call.is_causal, softcap=call.softcap, tile=keep.pooled, replay=call.replay)
+        record = Record(
+            site, call.step, heads, scale=call.scale, is_causal=call.is_causal, softcap=call.softcap, tile=keep.pooled, replay=call.replay
+        )
         self._check_budget(call, len(heads) if heads is not None else site.query_heads)
         if keep.queries_and_keys or keep.needs_pattern or keep.v or keep.z:
             self._check_finite(call)
@@ -162,7 +166,10 @@ class Capture:
             record.tensors[name] = kept
             self._spent += kept.numel() * kept.element_size()
 
-        if keep.queries_and_keys:
+        told = keep.queries_and_keys and not call.rewritten
+        if keep.queries_and_keys and call.rewritten and call.materialised is not None and not keep.pattern:
+            put("pattern", call.materialised, chosen)  # an edit made it what it is: q and k cannot tell it any more
+        if told:
             whole = call.replay is not None  # the tape runs on all heads at once
             put("q", call.q, None if whole else chosen)
             put("k", call.k, None if whole else grouped)
@@ -188,9 +195,13 @@ class Capture:
     def _scores(self, call: AttentionCall) -> Tensor:
         if call.replay is not None:
             return call.replay(call.q, call.k)
-        return reference.scores(call.q, call.k, scale=call.scale, bias=call.bias, mask=call.mask, is_causal=call.is_causal, softcap=call.softcap)
+        return reference.scores(
+            call.q, call.k, scale=call.scale, bias=call.bias, mask=call.mask, is_causal=call.is_causal, softcap=call.softcap
+        )
 
-    def _keep_pattern(self, call: AttentionCall, record: Record, put: Callable[[str, Tensor, list[int] | None], None], chosen: list[int] | None) -> None:
+    def _keep_pattern(
+        self, call: AttentionCall, record: Record, put: Callable[[str, Tensor, list[int] | None], None], chosen: list[int] | None
+    ) -> None:
         keep = self.keep
         pattern = call.materialised
         if pattern is None and call.replay is not None:
@@ -217,7 +228,9 @@ class Capture:
                 found = kernels.statistics_of_pattern(picked, want=keep.wanted_statistics, pooled=keep.pooled,
                                                       scores=None if scores is None else scores if chosen is None else scores[:, chosen])  # fmt: skip
             else:
-                found = kernels.statistics(facts["scores"]["q"], facts["scores"]["k"], want=keep.wanted_statistics, pooled=keep.pooled, **facts["options"])
+                found = kernels.statistics(
+                    facts["scores"]["q"], facts["scores"]["k"], want=keep.wanted_statistics, pooled=keep.pooled, **facts["options"]
+                )
             for name, tensor in found.tensors().items():
                 put(STATISTIC + name, tensor, None)
 
@@ -312,7 +325,9 @@ class Capture:
         if record.rows is not None and not record.has("q"):
             return record.get("rows", places)
         if not record.has("q"):
-            raise SelectionError(f"of {record.site.name} only {_list(record.names())} was kept: capture with Keep() or Keep(pattern=True) to read patterns")
+            raise SelectionError(
+                f"of {record.site.name} only {_list(record.names())} was kept: capture with Keep() or Keep(pattern=True) to read patterns"
+            )
         if record.replay is not None:
             pattern = self._normalise(record, record.replay(record.get("q"), record.get("k")))
             pattern = pattern if places is None else pattern[:, list(record.heads[p] for p in places) if record.heads else places]
@@ -339,7 +354,9 @@ class Capture:
         if record.has("pattern"):
             return kernels.statistics_of_pattern(record.get("pattern", places), pooled=pooled)
         if not record.has("q"):
-            raise SelectionError(f"of {record.site.name} only {_list(record.names())} was kept: capture with Keep() or Keep(statistics=True)")
+            raise SelectionError(
+                f"of {record.site.name} only {_list(record.names())} was kept: capture with Keep() or Keep(statistics=True)"
+            )
         if record.replay is not None:
             scores = record.replay(record.get("q"), record.get("k"))
             scores = scores if places is None else scores[:, places]
@@ -375,10 +392,14 @@ class Capture:
         """Scores before the normaliser, [batch, head, query, key]."""
         return self._tensor("scores", layer, **which)
 
-    def _tensor(self, name: str, layer: int | None, *, site: str | None = None, step: int | None = None, heads: int | Sequence[int] | None = None) -> Tensor:
+    def _tensor(
+        self, name: str, layer: int | None, *, site: str | None = None, step: int | None = None, heads: int | Sequence[int] | None = None
+    ) -> Tensor:
         record = self._one(layer, site, step)
         if not record.has(name):
-            raise SelectionError(f"{name} of {record.site.name} was not kept; kept are {_list(record.names())}: capture with Keep({'qk' if name in 'qk' else name}=True)")
+            raise SelectionError(
+                f"{name} of {record.site.name} was not kept; kept are {_list(record.names())}: capture with Keep({'qk' if name in 'qk' else name}=True)"
+            )
         return record.get(name, record.places(heads))
 
     # -- finding ---------------------------------------------------------------------------------------------------
@@ -499,7 +520,9 @@ class Capture:
         try:
             kept: dict[str, Any] = dict(store.manifest["keep"])  # type: ignore[call-overload]
             dtype = kept.pop("dtype")
-            keep = Keep(**{**kept, "dtype": None if dtype is None else getattr(torch, dtype), "statistics": tuple(kept["statistics"]) or False})
+            keep = Keep(
+                **{**kept, "dtype": None if dtype is None else getattr(torch, dtype), "statistics": tuple(kept["statistics"]) or False}
+            )
             capture = cls(keep)
             for entry in store.manifest["calls"]:  # type: ignore[attr-defined]
                 site = AttentionSite(**entry["site"])

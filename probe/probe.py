@@ -76,7 +76,9 @@ class Probe:
         """
         self._open()
         as_list = [x if x is None or not isinstance(x, int) else [x] for x in (layers, heads, steps)]
-        seen = Capture(keep, sites=sites, layers=as_list[0], heads=as_list[1], steps=as_list[2], fingerprint=lambda: model_fingerprint(self.model))
+        seen = Capture(
+            keep, sites=sites, layers=as_list[0], heads=as_list[1], steps=as_list[2], fingerprint=lambda: model_fingerprint(self.model)
+        )
         with intercept(self.model, seen, self.strict) as session:
             yield seen
         for name in list(seen._sites):  # what the run learned later about a site, such as its output projection

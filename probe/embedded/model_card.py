@@ -1,6 +1,6 @@
 """Write the numbers of `training.json` into the model card beside it, between two marks; the rest of the card is prose.
 
-    python probe/embedded/model_card.py probe/embedded/lm probe/embedded/vit
+python probe/embedded/model_card.py probe/embedded/lm probe/embedded/vit
 """
 
 from __future__ import annotations

@@ -146,7 +146,9 @@ def train(args: argparse.Namespace) -> None:
     model = LlamaForCausalLM(build_config(vocab))
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95)
+    )
     checkpoint = args.work / "checkpoint.pt"
     args.work.mkdir(parents=True, exist_ok=True)
     step, spent, tokens, log = 0, 0.0, 0, []
@@ -206,12 +208,16 @@ def train(args: argparse.Namespace) -> None:
         "induction": induction.tolist(), "previous_token": previous.tolist(), "log": log,
     }  # fmt: skip
     (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"saved {args.out}: validation {report['validation_loss']}, best induction {induction.max():.3f}, best previous-token {previous.max():.3f}")
+    print(
+        f"saved {args.out}: validation {report['validation_loss']}, best induction {induction.max():.3f}, best previous-token {previous.max():.3f}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 text files to train on; the last 5 %% of each is held out")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", required=True, help="UTF-8 text files to train on; the last 5 %% of each is held out"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "lm", help="folder of the finished model")
     parser.add_argument("--work", type=Path, default=Path("lm-training"), help="folder of the checkpoint; run again to resume")
     parser.add_argument("--steps", type=int, default=3000)

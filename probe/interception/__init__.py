@@ -1,4 +1,4 @@
-"""Catching attention: one mechanism for every model; see `session` and `dataflow`."""
+"""Catching attention: one mechanism for every model; see `session`, `mode` and `tracker`."""
 
 from headscope.probe.interception.session import Session, check_model, intercept
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from headscope.probe.call import AttentionCall, AttentionSite
-from headscope.probe.interception.axes import Atom, Axes, arrange, refine, restore, size_of
+from headscope.probe.interception.axes import Atom, Axes, arrange, refine
 from headscope.probe.interception.products import Product
 from headscope.probe.interception.session import Place, Session
 
@@ -49,8 +49,6 @@ class Candidate:
     complaint: str | None  # what to say if it never becomes an attention call; None: a weak sign, say nothing
     call: AttentionCall | None = None
     confirmed: bool = False
-    edited: bool = False
-    repeated: int = 1
     summed: bool = False  # the sum of the exponentials was taken: the pattern is their share of it
     stages: frozenset[str] = frozenset()
     product: Product | None = None
@@ -110,7 +108,9 @@ def group(product: Product, axes: Axes, dim: int, heads: int | None, batch: int 
     for atoms in by_letter.values():
         atoms.sort(key=lambda a: a.key)
     query = by_letter.get(query_letter, [])
-    rest = [(atom, product.owners(c)) for c in product.result_letters if c not in (query_letter, key_letter) for atom in by_letter.get(c, [])]
+    rest = [
+        (atom, product.owners(c)) for c in product.result_letters if c not in (query_letter, key_letter) for atom in by_letter.get(c, [])
+    ]
     taken = {atom.key for atom in (*query, *by_letter.get(key_letter, []))} | {atom.key for atom, _ in rest}
     if any(atom.size != 1 and atom.key not in taken for atom in present):
         return None
@@ -118,11 +118,15 @@ def group(product: Product, axes: Axes, dim: int, heads: int | None, batch: int 
     if len([a for a in query if a.size != 1]) > 1:
         large = [a for a in query if a.size != 1]  # queries and heads fused in one axis, split since: (query, head)
         count = next((a for a in large if a.size == heads), large[-1])
-        return Grouping(tuple(a for a, _ in rest), (count,), tuple(a for a in query if a is not count), tuple(by_letter[key_letter]), owner == "1")
+        return Grouping(
+            tuple(a for a, _ in rest), (count,), tuple(a for a in query if a is not count), tuple(by_letter[key_letter]), owner == "1"
+        )
     return Grouping(split[0], split[1], tuple(query), tuple(by_letter[key_letter]), owner == "1")
 
 
-def _split_heads(rest: list[tuple[Atom, str]], queries: str, heads: int | None, batch: int | None) -> tuple[tuple[Atom, ...], tuple[Atom, ...]]:
+def _split_heads(
+    rest: list[tuple[Atom, str]], queries: str, heads: int | None, batch: int | None
+) -> tuple[tuple[Atom, ...], tuple[Atom, ...]]:
     """Which of the batch-like atoms are heads: those of the queries alone (grouped keys), else the last."""
     large = [(atom, owner) for atom, owner in rest if atom.size != 1]
     if not large:
@@ -139,7 +143,12 @@ def _split_heads(rest: list[tuple[Atom, str]], queries: str, heads: int | None, 
         return tuple(atoms[:-tail]), tuple(atoms[-tail:])
     if len(rest) == 1:
         atom = rest[0][0]
-        if heads is not None and heads > 0 and atom.size % heads == 0 and not (atom.size == batch and heads > 1 and batch is not None and heads != batch):
+        if (
+            heads is not None
+            and heads > 0
+            and atom.size % heads == 0
+            and not (atom.size == batch and heads > 1 and batch is not None and heads != batch)
+        ):
             return (Atom((*atom.key, 0), atom.size // heads),), (Atom((*atom.key, 1), heads),)
         return (atom,), ()
     atoms = [atom for atom, _ in rest]
@@ -150,7 +159,9 @@ def _split_heads(rest: list[tuple[Atom, str]], queries: str, heads: int | None, 
     return tuple(atoms[:-1]), (atoms[-1],)
 
 
-def canonical_operand(product: Product, which: int, grouping: Grouping, sequence: tuple[Atom, ...]) -> tuple[Tensor, Axes, tuple[tuple[Atom, ...], ...]]:
+def canonical_operand(
+    product: Product, which: int, grouping: Grouping, sequence: tuple[Atom, ...]
+) -> tuple[Tensor, Axes, tuple[tuple[Atom, ...], ...]]:
     """An operand as [batch, head, sequence, width], with what is needed to put a changed one back."""
     tensor, letters = product.operand(which)
     axes = operand_axes(product, which)
@@ -164,15 +175,13 @@ def canonical_operand(product: Product, which: int, grouping: Grouping, sequence
     return arrange(tensor, axes, groups), axes, groups
 
 
-def put_back(value: Tensor, like: Tensor, axes: Axes, groups: tuple[tuple[Atom, ...], ...]) -> Tensor:
-    return restore(value, like, axes, groups)
-
-
 def expand_batch(tensor: Tensor, batch: int) -> Tensor:
     return tensor.expand(batch, *tensor.shape[1:]) if tensor.shape[0] == 1 and batch != 1 else tensor
 
 
-def describe(session: Session, place: Place, path: str, ordinal: int, call_q: Tensor, call_k: Tensor, v_dim: int, **facts: Any) -> AttentionSite:
+def describe(
+    session: Session, place: Place, path: str, ordinal: int, call_q: Tensor, call_k: Tensor, v_dim: int, **facts: Any
+) -> AttentionSite:
     """The static description of a site, at its first call."""
     fold = 1
     if session.batch and call_q.shape[0] > session.batch and call_q.shape[0] % session.batch == 0:
@@ -220,19 +229,20 @@ def kind_of(session: Session, place: Place, path: str, queries: int, keys: int) 
     if context:
         others = [t for t in given.values() if t is not context[0]]
         lengths = {context[0].shape[1] if context[0].ndim > 2 else context[0].shape[0], context[0].shape[-2]}
-        if queries == keys and others and queries not in lengths and any(queries == n + (o.shape[1] if o.ndim > 2 else o.shape[0]) for n in lengths for o in others):
+        if (
+            queries == keys
+            and others
+            and queries not in lengths
+            and any(queries == n + (o.shape[1] if o.ndim > 2 else o.shape[0]) for n in lengths for o in others)
+        ):
             return "joint"
         if keys in lengths:
             return "cross"
     if any(word in lowered for word in ("encdecattention", "encoder_attn", "crossattention", "cross_attn", "cross_attention")):
         return "cross"
-    if re_attn2(lowered) and queries != keys:
+    if lowered.rsplit(".", 1)[-1] == "attn2" and queries != keys:
         return "cross"
     return "self"
-
-
-def re_attn2(path: str) -> bool:
-    return path.rsplit(".", 1)[-1] == "attn2"
 
 
 def common_path(first: str, second: str) -> str:
@@ -246,10 +256,3 @@ def common_path(first: str, second: str) -> str:
             break
         shared.append(x)
     return ".".join(shared)
-
-
-def as_mask(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bool
-
-
-__all__ = ["Candidate", "Grouping", "canonical_operand", "common_path", "describe", "expand_batch", "group", "head_count", "operand_axes", "put_back", "result_axes", "size_of"]

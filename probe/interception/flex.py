@@ -20,12 +20,13 @@ from headscope.kernels.errors import NotIntercepted
 from headscope.probe.call import AttentionCall
 from headscope.probe.interception.axes import Atom
 from headscope.probe.interception.candidate import Candidate, Grouping, describe
+from headscope.probe.interception.guard import guarded, refuse_reentrant
 from headscope.probe.interception.names import Replacement
 from headscope.probe.interception.session import locate
 from headscope.probe.interception.tape import Node
 
 if TYPE_CHECKING:
-    from headscope.probe.interception.dataflow import Tracker
+    from headscope.probe.interception.tracker import Tracker
 
 MODULE = "torch.nn.attention.flex_attention"
 INTEGRATION = "transformers.integrations.flex_attention"
@@ -33,12 +34,10 @@ INTEGRATION = "transformers.integrations.flex_attention"
 
 def _wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
     def flex_attention(*args: Any, **kwargs: Any) -> Any:
-        from headscope.probe.interception.dataflow import _local
+        from headscope.probe.interception.mode import current_tracker
 
-        current = getattr(_local, "watch", None)
-        if current is None:
-            return original(*args, **kwargs)
-        return run(current.tracker, original, args, kwargs)
+        tracker = current_tracker()
+        return original(*args, **kwargs) if tracker is None else run(tracker, original, args, kwargs)
 
     flex_attention.__wrapped__ = original  # type: ignore[attr-defined]
     return flex_attention
@@ -53,7 +52,9 @@ def _wrap_compiled(friendly: Callable[..., Any]) -> Callable[..., Any]:
 
 
 FLEX = Replacement(lambda: (MODULE, "flex_attention"), _wrapper)
-COMPILED = Replacement(lambda: (INTEGRATION, "compile_friendly_flex_attention") if INTEGRATION in sys.modules else None, _wrap_compiled, "transformers.")
+COMPILED = Replacement(
+    lambda: (INTEGRATION, "compile_friendly_flex_attention") if INTEGRATION in sys.modules else None, _wrap_compiled, "transformers."
+)
 
 
 @contextmanager
@@ -98,7 +99,7 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     if not inner:
         result = native()
     else:
-        session.guard_checkpoint(place)
+        refuse_reentrant(session, place)
         if bound.get("return_lse") or bound.get("return_aux") is not None:
             raise NotIntercepted(f"{name}: flex_attention was asked for its lse as well, which an edit would make untrue; edit z instead")
         call.q = session.change(call, "q", q) if "q" in stages else q
@@ -110,6 +111,7 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
                 scores = scores + session.change(call, "bias", torch.zeros((), dtype=scores.dtype, device=scores.device))
             if "scores" in stages:
                 scores = session.change(call, "scores", scores)
+            call.rewritten = True
             call.materialised_scores = scores
             pattern = reference.pattern(scores)
             if "pattern" in stages:
@@ -125,9 +127,19 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
         z = session.change(call, "z", output)
     call.z = z
     session.finish(call)
-    z = tracker.guarded(z, session, place, name)
+    z = guarded(z, session, place, name)
     atoms = tuple(Atom((c,), n) for c, n in zip("bhqv", z.shape, strict=True))
-    candidate = Candidate(session, place, place.path, "softmax", Grouping((atoms[0],), (atoms[1],), (atoms[2],), (), True), None, call=call, confirmed=True, stages=stages)
+    candidate = Candidate(
+        session,
+        place,
+        place.path,
+        "softmax",
+        Grouping((atoms[0],), (atoms[1],), (atoms[2],), (), True),
+        None,
+        call=call,
+        confirmed=True,
+        stages=stages,
+    )
     tracker.track(z, Node("z", tuple((a,) for a in atoms), candidate=candidate))
     return (z, *result[1:]) if isinstance(result, tuple) else z
 

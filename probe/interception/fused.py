@@ -18,11 +18,12 @@ from headscope.kernels import reference
 from headscope.probe.call import AttentionCall
 from headscope.probe.interception.axes import Atom, Axes
 from headscope.probe.interception.candidate import Candidate, Grouping, describe, expand_batch, head_count
+from headscope.probe.interception.guard import guarded, refuse_reentrant
 from headscope.probe.interception.session import Place, Session, locate
 from headscope.probe.interception.tape import Node
 
 if TYPE_CHECKING:
-    from headscope.probe.interception.dataflow import Tracker
+    from headscope.probe.interception.tracker import Tracker
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -97,10 +98,17 @@ def fold_of(q: Tensor, place: Place, session: Session, fused_heads: int | None) 
         return Fold(shape, 1, 1)
     if len(shape) == 3:
         heads = fused_heads or head_count(place.module) or 1
-        fused = fused_heads is not None or heads > 1 and shape[0] % heads == 0 and (session.batch is None or shape[0] != session.batch or heads == session.batch)
+        fused = (
+            fused_heads is not None
+            or heads > 1
+            and shape[0] % heads == 0
+            and (session.batch is None or shape[0] != session.batch or heads == session.batch)
+        )
         return Fold(shape, shape[0] // heads, heads) if fused else Fold(shape, shape[0], 1)
     batch = math.prod(shape[:-3])
-    length = place.frame.f_locals.get("q_length") if place.frame is not None and place.frame.f_code.co_name == "sdpa_attention_forward" else None
+    length = (
+        place.frame.f_locals.get("q_length") if place.frame is not None and place.frame.f_code.co_name == "sdpa_attention_forward" else None
+    )
     groups = getattr(place.module, "num_key_value_groups", 1)
     if length == 1 and shape[-2] == groups > 1:
         return Fold(shape, batch, shape[-3] * groups, groups)
@@ -135,27 +143,28 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     ordinal = session.claim(place.path)
     name = f"{place.path or type(session.model).__name__}#{ordinal}"
     site = session.site(
-        name, lambda: describe(session, place, place.path, ordinal, q, k, v.shape[-1], mechanism="sdpa", causal=causal, bias=attn_mask is not None)
+        name,
+        lambda: describe(
+            session, place, place.path, ordinal, q, k, v.shape[-1], mechanism="sdpa", causal=causal, bias=attn_mask is not None
+        ),
     )
     step = session.next_step(name, place.recomputed)
     call = AttentionCall(site, step, q, k, v, scale, mask, bias, causal, recomputed=place.recomputed)
     stages = session.stages(site)
-    if place.recomputed:
-        session.recomputed.add(name)
     if not stages & {"q", "k", "v", "bias", "scores", "pattern"}:
         result = func(*args, **kwargs)
     else:
-        session.guard_checkpoint(place)
+        refuse_reentrant(session, place)
         result = _edited(session, call, stages, fold, func, bound, repeated)
     z = fold.query(result)
     if "z" in stages:
-        session.guard_checkpoint(place)
+        refuse_reentrant(session, place)
         changed = session.change(call, "z", z)
         if changed is not z:
             result, z = changed.to(result.dtype).reshape(result.shape), changed
     call.z = z
     session.finish(call)
-    result = tracker.guarded(result, session, place, name)
+    result = guarded(result, session, place, name)
     z_axes, grouping = fold.axes(result.shape[-1])
     candidate = Candidate(session, place, place.path, "softmax", grouping, None, call=call, confirmed=True, stages=stages)
     tracker.track(result, Node("z", z_axes, candidate=candidate))
@@ -163,7 +172,13 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 
 def _edited(
-    session: Session, call: AttentionCall, stages: frozenset[str], fold: Fold, func: Callable[..., Any], bound: dict[str, Any], repeated: int
+    session: Session,
+    call: AttentionCall,
+    stages: frozenset[str],
+    fold: Fold,
+    func: Callable[..., Any],
+    bound: dict[str, Any],
+    repeated: int,
 ) -> Any:
     """The output of a call whose q, k, v, scores or pattern are edited."""
     q, k, v = call.q, call.k, call.v
@@ -212,6 +227,7 @@ def dense(session: Session, call: AttentionCall, stages: frozenset[str], fold: F
     )
     if "scores" in stages:
         scores = session.change(call, "scores", scores)
+    call.rewritten = True
     call.materialised_scores = scores
     pattern = reference.pattern(scores, sink=call.sink)
     if "pattern" in stages:

@@ -27,10 +27,10 @@ LIBRARY = "torch_geometric"
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     def softmax(src: Tensor, index: Tensor | None = None, ptr: Tensor | None = None, num_nodes: int | None = None, dim: int = 0) -> Tensor:
-        from headscope.probe.interception.dataflow import _local
+        from headscope.probe.interception.mode import current_tracker
 
-        current = getattr(_local, "watch", None)
-        place = locate(current.sessions) if current is not None else None
+        tracker = current_tracker()
+        place = locate(tracker.mode.sessions) if tracker is not None else None
         edges = _edges() if place is not None else None
         if place is None or edges is None or index is None or dim != 0:
             result: Tensor = original(src, index, ptr, num_nodes, dim)
@@ -42,7 +42,9 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 EDGE_SOFTMAX = Replacement(
-    lambda: ("torch_geometric.utils._softmax", "softmax") if "torch_geometric.utils._softmax" in sys.modules else None, _wrap, prefix=LIBRARY
+    lambda: ("torch_geometric.utils._softmax", "softmax") if "torch_geometric.utils._softmax" in sys.modules else None,
+    _wrap,
+    prefix=LIBRARY,
 )
 
 
@@ -67,7 +69,13 @@ def _nodes(size: Any, edge_index: Tensor) -> tuple[int, int]:
 
 
 def _normalise(
-    original: Callable[..., Any], place: Any, src: Tensor, index: Tensor, ptr: Tensor | None, num_nodes: int | None, edges: tuple[Tensor, tuple[int, int]]
+    original: Callable[..., Any],
+    place: Any,
+    src: Tensor,
+    index: Tensor,
+    ptr: Tensor | None,
+    num_nodes: int | None,
+    edges: tuple[Tensor, tuple[int, int]],
 ) -> Tensor:
     session: Session = place.session
     edge_index, (sources, targets) = edges
@@ -86,7 +94,9 @@ def _normalise(
     stages = session.stages(site)
     refused = stages & {"q", "k", "v"}
     if refused:
-        raise EditError(f"{name} is graph attention over a list of edges: it has no {', '.join(sorted(refused))} to edit; edit scores, pattern or z")
+        raise EditError(
+            f"{name} is graph attention over a list of edges: it has no {', '.join(sorted(refused))} to edit; edit scores, pattern or z"
+        )
 
     def densify(values: Tensor, fill: float) -> Tensor:  # [edges, H] -> [1, H, targets, sources]
         full = values.new_full((targets * sources, heads), fill)
@@ -112,7 +122,16 @@ def _normalise(
         if changed is not dense:
             result, dense = pick(changed), changed
     call.materialised = dense
-    candidate = Candidate(session, place, place.path, "softmax", None, f"{place.path}: an edge softmax whose messages were never gathered", call=call, stages=stages)
+    candidate = Candidate(
+        session,
+        place,
+        place.path,
+        "softmax",
+        None,
+        f"{place.path}: an edge softmax whose messages were never gathered",
+        call=call,
+        stages=stages,
+    )
     session.pending.append(candidate)
     return result
 
@@ -135,7 +154,11 @@ def watched(session: Session) -> Iterator[None]:
 def _gathered(session: Session) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         path = session.paths.get(id(module))
-        open_calls = [c for c in session.pending if c.path == path and not c.confirmed and c.call is not None and c.call.site.mechanism == "edge-softmax"]
+        open_calls = [
+            c
+            for c in session.pending
+            if c.path == path and not c.confirmed and c.call is not None and c.call.site.mechanism == "edge-softmax"
+        ]
         if not open_calls or not isinstance(output, Tensor):
             return None
         candidate = open_calls[-1]
@@ -144,6 +167,7 @@ def _gathered(session: Session) -> Callable[[nn.Module, Any, Any], Any]:
         candidate.confirmed = True
         if shaped is None:
             session.finish(call)
+            session.release(candidate)
             return None
         z = shaped.transpose(0, 1)[None]  # [1, H, node, width]
         changed = session.change(call, "z", z) if "z" in candidate.stages else z
@@ -151,6 +175,7 @@ def _gathered(session: Session) -> Callable[[nn.Module, Any, Any], Any]:
         if call.site.value_dim == 0:
             call.site = session.sites[call.site.name] = call.site.named(value_dim=z.shape[-1])
         session.finish(call)
+        session.release(candidate)
         return None if changed is z else changed[0].transpose(0, 1).reshape(output.shape)
 
     return hook

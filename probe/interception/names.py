@@ -22,7 +22,9 @@ class Replacement:
         prefix: only modules whose name starts so are searched; "" for all.
     """
 
-    def __init__(self, find: Callable[[], tuple[str, str] | None], wrap: Callable[[Callable[..., Any]], Callable[..., Any]], prefix: str = "") -> None:
+    def __init__(
+        self, find: Callable[[], tuple[str, str] | None], wrap: Callable[[Callable[..., Any]], Callable[..., Any]], prefix: str = ""
+    ) -> None:
         self.find, self.wrap, self.prefix = find, wrap, prefix
         self.users = 0
         self.undo: list[tuple[dict[str, Any], str, Any]] = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from string import ascii_letters
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 
 OPERANDS = {
     "matmul": ("input", "other"), "__matmul__": ("self", "other"), "__rmatmul__": ("self", "other"), "bmm": ("input", "mat2"),
@@ -40,6 +40,16 @@ class Product:
 
     def operand(self, which: int) -> tuple[Tensor, str]:
         return (self.first, self.first_letters) if which == 0 else (self.second, self.second_letters)
+
+    @property
+    def shape(self) -> Size:
+        """Shape of the result."""
+        sizes = {
+            c: n
+            for t, cs in ((self.first, self.first_letters), (self.second, self.second_letters))
+            for c, n in zip(cs, t.shape, strict=True)
+        }
+        return Size(sizes.get(c, 1) for c in self.result_letters)
 
     def owners(self, letter: str) -> str:
         """`0`, `1` or `01`: which operands carry this letter of the result."""

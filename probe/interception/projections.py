@@ -19,8 +19,14 @@ from headscope.probe.interception.candidate import head_count, layer_of
 from headscope.probe.interception.session import Session, _recomputing
 
 # In order of preference: a norm stands after its projection. The second name of a pair belongs to the text stream of joint blocks.
-QUERY = (("q_norm", "norm_q", "query_norm", "q_layernorm", "q_ln", "query_layernorm"), ("q_proj", "to_q", "query", "wq", "q_lin", "query_proj", "q", "linear_q", "W_q"))
-KEY = (("k_norm", "norm_k", "key_norm", "k_layernorm", "k_ln", "key_layernorm"), ("k_proj", "to_k", "key", "wk", "k_lin", "key_proj", "k", "linear_k", "W_k"))
+QUERY = (
+    ("q_norm", "norm_q", "query_norm", "q_layernorm", "q_ln", "query_layernorm"),
+    ("q_proj", "to_q", "query", "wq", "q_lin", "query_proj", "q", "linear_q", "W_q"),
+)
+KEY = (
+    ("k_norm", "norm_k", "key_norm", "k_layernorm", "k_ln", "key_layernorm"),
+    ("k_proj", "to_k", "key", "wk", "k_lin", "key_proj", "k", "linear_k", "W_k"),
+)
 ADDED = {"q.pre": ("norm_added_q", "add_q_proj"), "k.pre": ("norm_added_k", "add_k_proj")}
 KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "num_key_value_groups_heads")
 
@@ -68,7 +74,9 @@ def check(session: Session, site: AttentionSite, stages: frozenset[str]) -> None
     """
     for stage in sorted(stages & {"q.pre", "k.pre"}):
         if (site.module, stage) not in session.tapped:
-            children = ", ".join(name for name, _ in session.modules[site.module].named_children()) if site.module in session.modules else ""
+            children = (
+                ", ".join(name for name, _ in session.modules[site.module].named_children()) if site.module in session.modules else ""
+            )
             raise EditError(
                 f"{site.name} has no {'query' if stage[0] == 'q' else 'key'} projection of its own (its modules: {children or 'none'}): "
                 f"{stage} cannot be edited there; edit {stage[0]!r} (after rotation) instead"
@@ -84,7 +92,9 @@ def _hook(session: Session, handler: Handler, site: AttentionSite, stage: str) -
         known = session.sites.get(site.name, site)
         count = known.query_heads if stage == "q.pre" else known.kv_heads
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
-            raise ShapeError(f"{stage} of {known.name}: expected [batch, token, width] or [batch, token, head, width], got {type(output).__name__}")
+            raise ShapeError(
+                f"{stage} of {known.name}: expected [batch, token, width] or [batch, token, head, width], got {type(output).__name__}"
+            )
         if output.ndim == 4:
             if (output.shape[2] == count) != (output.shape[1] == count):
                 heads_last[:] = [output.shape[2] == count]

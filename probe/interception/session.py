@@ -1,7 +1,7 @@
 """One thread's watch over a model: who is listening, where in the model we are, which call this is.
 
 A `Session` belongs to one model and one thread. Handlers (captures, plans, attribution rules) enter it; while any is
-inside, a `TorchFunctionMode` sees every torch call of the thread (`dataflow.Tracker`), recognises attention, and
+inside, a `TorchFunctionMode` sees every torch call of the thread (`mode`, `tracker`), recognises attention, and
 asks the session which site and step it is. Nothing of the model is changed: a few forward hooks tell where a call
 begins, and they go when the last handler leaves.
 """
@@ -22,7 +22,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from headscope.kernels.errors import EditError, NotIntercepted, ShapeError
+from headscope.kernels.errors import NotIntercepted, ShapeError
 from headscope.probe.call import AttentionCall, AttentionSite, Handler
 
 WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
@@ -95,7 +95,7 @@ class Session:
 
     def open(self) -> None:
         from headscope.probe.interception import flex, graph
-        from headscope.probe.interception.dataflow import watch
+        from headscope.probe.interception.mode import watch
 
         with ExitStack() as stack:
             stack.callback(_sessions.pop, (id(self.model), self.thread), None)
@@ -176,7 +176,7 @@ class Session:
         def begins(module: nn.Module, args: tuple[Any, ...]) -> None:
             if threading.get_ident() != self.thread:
                 if _recomputing():  # a checkpoint's second run in autograd's own thread: lend it the mode
-                    from headscope.probe.interception.dataflow import lend
+                    from headscope.probe.interception.mode import lend
 
                     stack = ExitStack()
                     stack.enter_context(lend(self))
@@ -257,16 +257,15 @@ class Session:
     def next_step(self, site: str, recomputed: bool) -> int:
         """Number of this call of the site; a recomputed one carries the number of the call it repeats."""
         if recomputed:
+            self.recomputed.add(site)
             return max(0, self.steps[site] - 1)
         self.steps[site] += 1
         return self.steps[site] - 1
 
-    def guard_checkpoint(self, place: Place) -> None:
-        if place.reentrant and self.changing():
-            raise EditError(
-                f"{place.path} runs inside a reentrant gradient checkpoint, whose second forward would lose the edit after the scope ends: "
-                "use non-reentrant checkpointing (gradient_checkpointing_kwargs={'use_reentrant': False})"
-            )
+    def release(self, candidate: Any) -> None:
+        """Let go of what a completed call held: its map lives on only where a handler kept it."""
+        self.pending.remove(candidate)
+        candidate.call.materialised = candidate.call.materialised_scores = candidate.call.replay = None
 
     # -- never miss silently ---------------------------------------------------------------------------------------
 
@@ -289,7 +288,9 @@ class Session:
             return
         name = type(self.model).__name__
         if self.forwards == 0:
-            raise NotIntercepted(f"the model ({name}) was not run inside the scope: call it, or its generate(), between entering and leaving")
+            raise NotIntercepted(
+                f"the model ({name}) was not run inside the scope: call it, or its generate(), between entering and leaving"
+            )
         advice = "it computes no attention that torch functions show"
         if any(isinstance(m, torch.jit.ScriptModule) for m in self.model.modules()):
             advice = "it holds TorchScript modules, whose inside runs past Python: load the original nn.Module instead"
@@ -337,7 +338,9 @@ def locate(sessions: list[Session]) -> Place | None:
         frame = frame.f_back
     if found is None:
         return None
-    return Place(*found, forward, checkpointed=checkpointed and not recomputed, reentrant=reentrant and not recomputed, recomputed=recomputed)
+    return Place(
+        *found, forward, checkpointed=checkpointed and not recomputed, reentrant=reentrant and not recomputed, recomputed=recomputed
+    )
 
 
 def check_model(model: object) -> nn.Module:

@@ -92,3 +92,13 @@ def replay(node: Node, swap: list[tuple[Tensor, Tensor]]) -> Tensor:
 
     result: Tensor = make(node)
     return result
+
+
+def base_name(func: Any) -> str:
+    """`matmul` for torch.matmul, Tensor.matmul, torch.ops.aten.matmul and its overloads."""
+    return str(getattr(func, "__name__", "")).partition(".")[0]
+
+
+def untaped(*_: Any, **__: Any) -> Any:
+    """Stands for a call that cannot be run again."""
+    raise ValueError("this tensor was written into another one and cannot be made again")

@@ -1,0 +1,77 @@
+"""The function mode of a thread: it hands every torch call to the tracker while any session is open.
+
+One mode serves all sessions of its thread. Sessions may be left in any order, so the mode is taken off the stack wherever it
+stands, and whatever stands above it is put back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from headscope.probe.interception.session import Session
+from headscope.probe.interception.tracker import Tracker
+
+_local = threading.local()
+
+
+class Watch(TorchFunctionMode):
+    """See the module docstring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sessions: list[Session] = []
+        self.tracker = Tracker(self)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return self.tracker.dispatch(func, args, kwargs or {})
+
+
+def current_tracker() -> Tracker | None:
+    """The tracker of this thread, while it watches anything."""
+    found: Watch | None = getattr(_local, "watch", None)
+    return None if found is None else found.tracker
+
+
+@contextmanager
+def watch(session: Session) -> Iterator[None]:
+    """Let the thread's function mode work for a session."""
+    current: Watch | None = getattr(_local, "watch", None)
+    if current is None:
+        current = _local.watch = Watch()
+        torch.overrides._push_mode(current)
+    current.sessions.append(session)
+    session.watch = current
+    try:
+        yield
+    finally:
+        current.sessions.remove(session)
+        if not current.sessions:
+            _remove(current)
+            _local.watch = None
+
+
+@contextmanager
+def lend(session: Session) -> Iterator[None]:
+    """Run this thread's torch calls under the mode of the session's own thread, which waits for it."""
+    torch.overrides._push_mode(session.watch)
+    try:
+        yield
+    finally:
+        _remove(session.watch)
+
+
+def _remove(mode: TorchFunctionMode) -> None:
+    held = []
+    while torch._C._len_torch_function_stack() > 0:
+        top = torch.overrides._pop_mode()
+        if top is mode:
+            break
+        held.append(top)
+    for other in reversed(held):
+        torch.overrides._push_mode(other)
