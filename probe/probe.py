@@ -81,12 +81,8 @@ class Probe:
         )
         with intercept(self.model, seen, self.strict) as session:
             yield seen
-        for name in list(seen._sites):  # what the run learned later about a site, such as its output projection
-            seen._sites[name] = session.sites.get(name, seen._sites[name])
-        for record in seen.records.values():
-            record.site = seen._sites[record.site.name]
         self.unclaimed = list(dict.fromkeys(session.unclaimed))
-        seen.finish()
+        seen.finish(session.sites)
 
     def close(self) -> None:
         """Give up the model; using the probe afterwards raises ClosedError."""

@@ -15,6 +15,10 @@ from headscope.probe.interception.session import Place, Session
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "num_head", "nheads", "n_local_heads")
 
+# Words in the names of a module's arguments that tell a second stream of tokens, and those that tell something else about it.
+CONTEXT = ("encoder", "key_value", "context", "memory", "cross")
+NOT_CONTEXT = ("mask", "bias", "pos", "emb")
+
 
 @dataclass(frozen=True)
 class Grouping:
@@ -222,10 +226,7 @@ def kind_of(session: Session, place: Place, path: str, queries: int, keys: int) 
         if key is not query and (value is None or value is key or key.shape != query.shape):
             return "cross"
         return "self"
-    context = [
-        t for n, t in given.items()
-        if any(w in n for w in ("encoder", "key_value", "context", "memory", "cross")) and not any(w in n for w in ("mask", "bias", "pos", "emb"))
-    ]  # fmt: skip
+    context = [t for n, t in given.items() if any(w in n for w in CONTEXT) and not any(w in n for w in NOT_CONTEXT)]
     if context:
         others = [t for t in given.values() if t is not context[0]]
         lengths = {context[0].shape[1] if context[0].ndim > 2 else context[0].shape[0], context[0].shape[-2]}

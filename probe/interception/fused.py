@@ -208,10 +208,10 @@ def _edited(
     if "bias" in stages and call.bias is not None:
         joined = call.bias.to(call.q.dtype)
         if call.mask is not None:
-            joined = joined.expand(torch.broadcast_shapes(joined.shape, call.mask.shape)).masked_fill(~call.mask, -math.inf)
+            joined = torch.where(call.mask, joined, -math.inf)
         if call.is_causal:
             visible = torch.ones(call.queries, call.keys, dtype=torch.bool, device=q.device).tril()
-            joined = joined.expand(torch.broadcast_shapes(joined.shape, (1, 1, call.queries, call.keys))).masked_fill(~visible, -math.inf)
+            joined = torch.where(visible, joined, -math.inf)
             new["is_causal"] = False
         new["attn_mask"] = fold.unmask(joined)
     return func(**new)

@@ -86,9 +86,10 @@ def _normalise(
     sources = max(sources, targets if sources == 0 else sources)
     ordinal = session.claim(place.path)
     name = f"{place.path or type(session.model).__name__}#{ordinal}"
+    kind = "self" if sources == targets else "cross"
     site = session.site(
-        name, lambda: AttentionSite(name, place.path, ordinal, layer_of(session, place.path), "self" if sources == targets else "cross", heads, heads, 0, 0, "edge-softmax")
-    )  # fmt: skip
+        name, lambda: AttentionSite(name, place.path, ordinal, layer_of(session, place.path), kind, heads, heads, 0, 0, "edge-softmax")
+    )
     empty = src.new_zeros(1, heads, targets, 0), src.new_zeros(1, heads, sources, 0)
     call = AttentionCall(site, session.next_step(name, place.recomputed), *empty, None, recomputed=place.recomputed)
     stages = session.stages(site)

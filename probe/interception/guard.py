@@ -20,11 +20,11 @@ class RecomputeGuard(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if ctx.site not in ctx.session.recomputed:
             raise NotIntercepted(
-                f"the backward of a checkpointed region recomputed {ctx.site} outside the plan that edited its forward: the gradient would be "
-                "that of another model. Call backward() inside the same `with plan.on(model):` block"
+                f"the backward of a checkpointed region recomputed {ctx.site} outside the plan that edited its forward: the gradient "
+                "would be that of another model. Call backward() inside the same `with plan.on(model):` block"
             )
         return grad, None, None
 

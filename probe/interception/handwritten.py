@@ -91,8 +91,17 @@ class _Beginning:
     """An attention call at its normaliser: q, k and scores are known, canonical and open to edits."""
 
     def __init__(
-        self, tracker: Tracker, node: Node, product: Product, axes: Axes, grouping: Grouping, place: Place, path: str, normaliser: str, name: str,
-    ) -> None:  # fmt: skip
+        self,
+        tracker: Tracker,
+        node: Node,
+        product: Product,
+        axes: Axes,
+        grouping: Grouping,
+        place: Place,
+        path: str,
+        normaliser: str,
+        name: str,
+    ) -> None:
         session = place.session
         self.session, self.node, self.product, self.axes, self.grouping, self.place = session, node, product, axes, grouping, place
         complaint = None

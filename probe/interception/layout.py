@@ -92,7 +92,7 @@ def layout(
 
 
 def _offset(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, pick: int, total: int, size: int) -> int:
-    sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size", kwargs.get("chunks")))
+    sizes: Any = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size", kwargs.get("chunks")))
     if isinstance(sizes, list | tuple):
         return sum(int(n) for n in sizes[:pick])
     if name == "chunk":

@@ -44,7 +44,7 @@ def watch(session: Session) -> Iterator[None]:
     current: Watch | None = getattr(_local, "watch", None)
     if current is None:
         current = _local.watch = Watch()
-        torch.overrides._push_mode(current)
+        _push(current)
     current.sessions.append(session)
     session.watch = current
     try:
@@ -59,19 +59,23 @@ def watch(session: Session) -> Iterator[None]:
 @contextmanager
 def lend(session: Session) -> Iterator[None]:
     """Run this thread's torch calls under the mode of the session's own thread, which waits for it."""
-    torch.overrides._push_mode(session.watch)
+    _push(session.watch)
     try:
         yield
     finally:
         _remove(session.watch)
 
 
+def _push(mode: TorchFunctionMode) -> None:
+    torch.overrides._push_mode(mode)  # type: ignore[no-untyped-call]
+
+
 def _remove(mode: TorchFunctionMode) -> None:
     held = []
     while torch._C._len_torch_function_stack() > 0:
-        top = torch.overrides._pop_mode()
+        top = torch.overrides._pop_mode()  # type: ignore[no-untyped-call]
         if top is mode:
             break
         held.append(top)
     for other in reversed(held):
-        torch.overrides._push_mode(other)
+        _push(other)

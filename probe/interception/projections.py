@@ -45,11 +45,19 @@ def _usable(child: object) -> bool:
 
 def provisional_site(session: Session, path: str, module: nn.Module) -> AttentionSite:
     """A site as far as it can be described before it was ever called."""
-    heads = head_count(module) or 1
+    heads = head_count(module) or _heads_by_width(module)
     config = getattr(module, "config", None)
     groups = next((n for holder in (module, config) for name in KV_COUNTS if isinstance(n := getattr(holder, name, None), int)), heads)
     name = f"{path}#0"
     return session.sites.get(name) or AttentionSite(name, path, 0, layer_of(session, path), "self", heads, groups, 0, 0, "module")
+
+
+def _heads_by_width(module: nn.Module) -> int:
+    """Heads of a module that does not count them: the width of its query projection over that of one head."""
+    width = getattr(module, "head_dim", None) or getattr(getattr(module, "config", None), "head_dim", None)
+    projection = next((p for name in QUERY[1] if (p := getattr(module, name, None)) is not None), None)
+    total = getattr(projection, "out_features", 0)
+    return total // width if isinstance(width, int) and width and total else 1
 
 
 def install(session: Session, handler: Handler, undo: list[Callable[[], None]]) -> None:
@@ -105,7 +113,7 @@ def _hook(session: Session, handler: Handler, site: AttentionSite, stage: str) -
             if output.shape[-1] % count:
                 raise ShapeError(f"{stage} of {known.name}: width {output.shape[-1]} is not a multiple of its {count} heads")
             batched = output if output.ndim == 3 else output[None]
-            value = batched.unflatten(-1, (count, -1)).transpose(1, 2)  # [B, H, S, D]
+            value = batched.view(*batched.shape[:2], count, -1).transpose(1, 2)  # [B, H, S, D]
         entry = next(e for e in session.entries if e.handler is handler)
         call = AttentionCall(known, session.steps[known.name] - entry.base[known.name], value, value, None)
         changed = handler.change(call, stage, value)

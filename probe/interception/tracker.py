@@ -169,9 +169,16 @@ class Tracker:
         place = locate(self.mode.sessions)
         if place is not None:
             place.session.pending.append(
-                Candidate(place.session, place, place.path, "opaque", None, f"{place.path or 'the model'}: the kernel {base_name(func)} computes attention in one opaque call; "
-                          "choose an implementation made of torch functions (for transformers: model.set_attn_implementation('sdpa'))")
-            )  # fmt: skip
+                Candidate(
+                    place.session,
+                    place,
+                    place.path,
+                    "opaque",
+                    None,
+                    f"{place.path or 'the model'}: the kernel {base_name(func)} computes attention in one opaque call; choose an "
+                    "implementation made of torch functions (for transformers: model.set_attn_implementation('sdpa'))",
+                )
+            )
         return func(*args, **kwargs)
 
     def note_origin(self, name: str, args: tuple[Any, ...], result: Any) -> None:
@@ -199,12 +206,8 @@ class Tracker:
                 if dim == -2:
                     if result.ndim == 3:
                         self._mark(result, (-2, n))
-                elif dim < 0 or (
-                    name in RESHAPE
-                    and list(result.shape) == [*source.shape[: dim - 1], source.shape[dim - 1] * n, *source.shape[dim + 1 :]]
-                ):
-                    if result.ndim >= 3:
-                        self._mark(result, (-1, n))
+                elif result.ndim >= 3 and (dim == -1 or (name in RESHAPE and _merged(source, result, dim, n))):
+                    self._mark(result, (-1, n))
         elif name in WEIGHT_VIEWS and self.weight_like(source):
             key, weights = id(result), self.weights
             weights[key] = weakref.ref(result, lambda _: weights.pop(key, None))
@@ -221,9 +224,9 @@ class Tracker:
                     continue
                 if node.stage == "z" and weights[1 - which]:
                     return handwritten.project(product, which, node, lambda: func(*args, **kwargs))
-                if node.stage in ("pattern", "exp") and not node.candidate.confirmed and not weights[1 - which]:
-                    if handwritten.contracts_keys(product, which, node):
-                        return handwritten.value_product(self, product, which, node, lambda: func(*args, **kwargs))
+                open_pattern = node.stage in ("pattern", "exp") and not node.candidate.confirmed
+                if open_pattern and not weights[1 - which] and handwritten.contracts_keys(product, which, node):
+                    return handwritten.value_product(self, product, which, node, lambda: func(*args, **kwargs))
         result = func(*args, **kwargs)
         if any(weights):
             if self.nodes and not all(weights):
@@ -317,10 +320,11 @@ class Tracker:
             stage = "stat" if reduced or lead == "stat" else "scores"
             taped = self._tape(args, target, inplace)
             operations = frozenset().union(*(n.operations for _, n in keep)) | {name}
+            again = func if taped is not None else untaped
+            options = self._tape_kwargs(kwargs)
             self.track(
-                output,
-                Node(stage, axes, node.product, node.path, func if taped is not None else untaped, taped or (), self._tape_kwargs(kwargs), pick, inplace, operations=operations),
-            )  # fmt: skip
+                output, Node(stage, axes, node.product, node.path, again, taped or (), options, pick, inplace, operations=operations)
+            )
         return result
 
     def _tape(self, args: tuple[Any, ...], target: Node | None, inplace: bool) -> tuple[Any, ...] | None:
@@ -342,6 +346,11 @@ class Tracker:
 
     def _tape_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {k: (self.node(v) or v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+
+
+def _merged(source: Tensor, result: Tensor, dim: int, n: int) -> bool:
+    """Whether a reshape merged the copies of a key head into the head axis before them."""
+    return list(result.shape) == [*source.shape[: dim - 1], source.shape[dim - 1] * n, *source.shape[dim + 1 :]]
 
 
 def never(*_: Any) -> bool:

@@ -9,11 +9,12 @@ from contextlib import ExitStack
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
 from headscope.interventions import Edit, Plan, call, scale, select
 from headscope.kernels.errors import EditError, NonFiniteError, NotIntercepted, SelectionError, ShapeError
 from headscope.probe import Keep, Probe
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 WIDTH, HEADS = 16, 4
 
@@ -95,7 +96,7 @@ def test_an_exception_leaves_no_hook_and_no_changed_output(fused: bool, where: s
     def fail(*_: object) -> Tensor:
         raise RuntimeError("planned")
 
-    with pytest.raises((RuntimeError, SelectionError)):
+    with pytest.raises((RuntimeError, SelectionError)):  # noqa: PT012
         if where == "edit":
             with Plan([Edit("z", call(fail))]).on(model):
                 model(x)
@@ -123,11 +124,13 @@ def test_scopes_may_be_left_in_any_order() -> None:
     seen = third.enter_context(Probe(model).capture())
     edited, edited_other = model(x), other(x)
     first.close()
-    assert torch.equal(other(x), edited_other) and torch.equal(model(x), before)
+    assert torch.equal(other(x), edited_other)
+    assert torch.equal(model(x), before)
     second.close()
     assert torch.equal(other(x), before_other)
     third.close()
-    assert len(seen.steps(layer=0)) == 2 and not torch.equal(edited, before)
+    assert len(seen.steps(layer=0)) == 2
+    assert not torch.equal(edited, before)
     assert hooks(model) == hooks(other) == torch._C._len_torch_function_stack() == 0
 
 
@@ -137,7 +140,8 @@ def test_two_models_at_once_keep_their_calls_apart() -> None:
         model(x)
         other(x * 2)
     assert len(one.records) == len(two.records) == 2
-    assert one.sites[0].mechanism == "sdpa" and two.sites[0].mechanism == "dataflow"
+    assert one.sites[0].mechanism == "sdpa"
+    assert two.sites[0].mechanism == "dataflow"
 
 
 def test_another_model_in_the_process_is_left_alone() -> None:
@@ -380,7 +384,8 @@ def test_memory_and_tracking_end_with_the_scope() -> None:
     model, x = net(False), inputs()
     with Probe(model).capture(Keep(qk=False)):
         model(x)
-    from headscope.probe.interception.dataflow import _local
+    from headscope.probe.interception.mode import _local
     from headscope.probe.interception.session import _sessions
 
-    assert getattr(_local, "watch", None) is None and not _sessions
+    assert getattr(_local, "watch", None) is None
+    assert not _sessions

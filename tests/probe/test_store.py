@@ -29,9 +29,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="kills and locks are 
 
 def captured() -> dict[str, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return {
-        f"layers.{layer}#0": {name: torch.randn(2, 4, 6, 8, generator=generator) for name in ("q", "k")} for layer in range(3)
-    }
+    return {f"layers.{layer}#0": {name: torch.randn(2, 4, 6, 8, generator=generator) for name in ("q", "k")} for layer in range(3)}
 
 
 def files(folder: Path) -> list[Path]:

@@ -1,0 +1,151 @@
+"""The command line: `headscope sites | capture | edit | app | doctor`.
+
+Results go to standard output, progress to standard error. Exit codes: 0 done, 1 `doctor` found something broken, 2 bad
+input, with one line `error: …`; 130 interrupted. Nothing heavy is imported before a command needs it, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from headscope.kernels.errors import HeadscopeError, InputError
+
+KEEPS = ("qk", "pattern", "statistics", "v", "scores", "z")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+        module = importlib.import_module(f"headscope.app.{arguments.module}")
+        code = getattr(module, arguments.function)(arguments)
+        sys.stdout.flush()
+        return int(code)
+    except HeadscopeError as error:
+        from headscope.app.escape import visible
+
+        print(f"error: {' '.join(visible(part) for part in str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as finished:  # --help and --version
+        return finished.code if isinstance(finished.code, int) else 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see `{self.prog} --help`)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="headscope",
+        description="See, measure and edit the attention heads of any PyTorch model.",
+        epilog='example: headscope edit --model embedded:lm --text "The cat sat on the" --scale 3.5=0',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    purpose = "list the places where a model computes attention"
+    sites = _command(commands, "sites", "model_commands", purpose, "headscope sites --model embedded:lm")
+    _model(sites)
+    _input(sites)
+
+    capture = _command(
+        commands,
+        "capture",
+        "model_commands",
+        "run a model and keep its attention in a folder, or read a head back from one",
+        'headscope capture --model embedded:lm --text "The cat sat" --out run\n         headscope capture --show run --layer 3 --head 5',
+    )
+    _model(capture)
+    _input(capture)
+    capture.add_argument("--out", metavar="DIR", help="folder to write; it is whole or absent")
+    capture.add_argument(
+        "--keep",
+        action="append",
+        metavar="WHAT",
+        help=f"what to keep, several with commas: {', '.join(KEEPS)}; by default qk, from which patterns are computed when read",
+    )
+    capture.add_argument("--sites", action="append", metavar="GLOB", help="only sites of this name, such as '*layers.3*'; may be repeated")
+    capture.add_argument("--layers", metavar="LIST", help="only these layers, such as 0,2-4")
+    capture.add_argument("--heads", metavar="LIST", help="only these heads, such as 0,5")
+    capture.add_argument("--overwrite", action="store_true", help="replace an earlier capture in that folder")
+    capture.add_argument("--show", metavar="DIR", help="read a capture instead of making one")
+    capture.add_argument("--layer", type=int, metavar="N", help="with --show: the layer of the head")
+    capture.add_argument("--site", metavar="NAME", help="with --show: the site of the head, where a layer has several")
+    capture.add_argument("--head", type=int, metavar="N", help="with --show: the head")
+    capture.add_argument("--step", type=int, metavar="N", help="with --show: which call, where there were several")
+    capture.add_argument("--rows", metavar="LIST", help="with --show: only these queries, such as 0,10-12")
+    capture.add_argument("--png", metavar="FILE", help="with --show: also write the pattern as a picture")
+
+    edit = _command(
+        commands,
+        "edit",
+        "model_commands",
+        "show what the model predicts before and after edits",
+        'headscope edit --model embedded:lm --text "The cat sat on the" --scale 3.5=0 --save recipe.yaml',
+    )
+    _model(edit)
+    _input(edit)
+    edit.add_argument("--recipe", metavar="FILE", help="edits from a YAML recipe")
+    edit.add_argument("--force", action="store_true", help="take a recipe that was made for another model")
+    edit.add_argument("--scale", action="append", default=[], metavar="LAYER.HEAD=X", help="multiply a head's output z; may be repeated")
+    edit.add_argument("--save", metavar="FILE", help="write all these edits as a recipe for this model")
+    edit.add_argument("--top", type=int, default=10, metavar="N", help="rows of the table (default 10)")
+
+    app = _command(commands, "app", "app_command", "open the workbench in the browser", "headscope app --model embedded:lm")
+    app.add_argument("--model", default="embedded:lm", metavar="NAME", help="embedded:lm (default), a folder, or a hub id")
+    app.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
+    app.add_argument("--host", default="127.0.0.1", help="only 127.0.0.1 so far; the HOST variable is not looked at")
+    app.add_argument("--port", type=int, default=8050, help="default 8050; 0 takes a free one")
+    app.add_argument("--threads", type=int, metavar="N", help="threads for torch (default: all cores but one)")
+    app.add_argument("--no-open", action="store_true", help="print the address, do not open a browser")
+
+    _command(commands, "doctor", "doctor", "check the installation and the embedded models", "headscope doctor --json")
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
+        from importlib.metadata import version
+
+        print(version("headscope"))
+        parser.exit()
+
+
+def _command(commands: argparse._SubParsersAction[_Parser], name: str, module: str, purpose: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(module=module, function=f"run_{name}")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="embedded:lm", metavar="NAME", help="embedded:lm (default), embedded:vit, a folder, or a hub id")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--task", help="the head on top, where the saved one is not wanted, such as causal-lm")
+    parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
+    parser.add_argument("--dtype", help="type of the weights, such as float16 (default: float32 on a CPU)")
+
+
+def _input(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", help="what the model reads; - takes it from standard input")
+    source.add_argument("--text-file", metavar="FILE", help="a UTF-8 file that the model reads")
+    source.add_argument("--image", type=int, metavar="N", help="for embedded:vit: the N-th of its held-out digits")

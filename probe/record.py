@@ -1,0 +1,234 @@
+"""What was kept of one attention call, and what can be computed from it.
+
+Letters: B batch, H query heads, G key/value heads, Q queries, K keys, D width of a query or key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from headscope.kernels import reference
+from headscope.kernels import statistics as kernels
+from headscope.kernels.errors import SelectionError
+from headscope.kernels.statistics import Statistics
+from headscope.probe.call import AttentionCall, AttentionSite
+from headscope.probe.store import Store
+
+STATISTIC = "statistics."  # prefix of a kept statistic's name
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """Everything that a softmax attention's pattern follows from, for all heads of a call or some."""
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    bias: Tensor | None
+    mask: Tensor | None
+    is_causal: bool
+    softcap: float | None
+    sink: Tensor | None
+
+    @classmethod
+    def of(cls, call: AttentionCall, heads: Sequence[int] | None = None) -> Terms:
+        """The terms of a call; with `heads`, of these query heads only, keys repeated as they need them."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or heads is None or tensor.shape[1] == 1 else tensor[:, list(heads)]
+
+        q, k, sink = call.q, call.k, call.sink
+        if heads is not None:
+            q = q[:, list(heads)]
+            k = k if k.shape[1] == 1 else k[:, [h // call.groups for h in heads]]
+            sink = None if sink is None else sink[list(heads)]
+        return cls(q, k, call.scale, cut(call.bias), cut(call.mask), call.is_causal, call.softcap, sink)
+
+    def scores(self) -> Tensor:
+        """[B, H, Q, K], -inf where a key may not be seen."""
+        return reference.scores(
+            self.q, self.k, scale=self.scale, bias=self.bias, mask=self.mask, is_causal=self.is_causal, softcap=self.softcap
+        )
+
+    def pattern(self) -> Tensor:
+        """[B, H, Q, K]."""
+        return reference.pattern(self.scores(), sink=self.sink)
+
+    def rows(self, queries: Sequence[int]) -> Tensor:
+        """[B, H, len(queries), K], without the rest of the map."""
+        return kernels.rows(
+            self.q, self.k, queries, scale=self.scale, bias=self.bias, mask=self.mask, is_causal=self.is_causal, softcap=self.softcap,
+            sink=self.sink,
+        )  # fmt: skip
+
+    def statistics(self, want: Sequence[str], pooled: int | None) -> Statistics:
+        """Without the map."""
+        return kernels.statistics(
+            self.q, self.k, scale=self.scale, bias=self.bias, mask=self.mask, is_causal=self.is_causal, softcap=self.softcap,
+            sink=self.sink, want=want, pooled=pooled,
+        )  # fmt: skip
+
+
+@dataclass(eq=False)
+class Record:
+    """What was kept of one call. Tensors may be on disk still: `get` fetches them.
+
+    Attributes:
+        heads: the query heads kept; None for all.
+        rows: the query positions whose pattern rows were kept.
+        tile: side of the tiles of a kept pooled map.
+        replay: scores from (q, k) as the model's own code makes them, where scale, mask and bias do not tell.
+    """
+
+    site: AttentionSite
+    step: int
+    heads: tuple[int, ...] | None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    rows: tuple[int, ...] | None = None
+    scale: float = 1.0
+    is_causal: bool = False
+    softcap: float | None = None
+    tile: int | None = None
+    replay: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
+    store: Store | None = field(default=None, repr=False)
+    shard: str = ""
+    aliases: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False)
+
+    def names(self) -> list[str]:
+        """Names of everything kept."""
+        stored = () if self.store is None else self.store.shards.get(self.shard, ())
+        return sorted({*self.tensors, *stored, *self.aliases})
+
+    def has(self, name: str) -> bool:
+        return name in self.names()
+
+    def get(self, name: str, places: Sequence[int] | None = None) -> Tensor:
+        """A kept tensor; with `places`, only these entries of its head axis (read alone where the record is on disk)."""
+        if name in self.tensors:
+            tensor = self.tensors[name]
+            return tensor if places is None or tensor.shape[1] == 1 else tensor[:, list(places)]
+        assert self.store is not None
+        shard, key = self.aliases.get(name, (self.shard, name))
+        if places is None or self.store.shape(shard, key)[1] == 1:
+            return self.store.read(shard, key)
+        return torch.cat([self.store.read_slice(shard, key, (slice(None), slice(p, p + 1))) for p in places], dim=1)
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def places(self, heads: Sequence[int] | int | None) -> list[int] | None:
+        """Positions of the asked query heads among those kept.
+
+        Raises:
+            SelectionError: a head that the site has not, or that was not kept.
+        """
+        if heads is None:
+            return None
+        kept = self.heads or tuple(range(self.site.query_heads))
+        asked = [heads] if isinstance(heads, int) else list(heads)
+        for head in asked:
+            check_head(self.site, head)
+            if head not in kept:
+                raise SelectionError(f"head {head} of {self.site.name} was not kept; kept are {list(kept)}")
+        return [kept.index(h) for h in asked]
+
+    def pattern(self, places: list[int] | None, rows: list[int] | None) -> Tensor:
+        """Pattern of some kept heads and query positions, from whatever was kept of it."""
+        if self.has("pattern"):
+            pattern = self.get("pattern", places)
+            return pattern if rows is None else pattern[:, :, positions(rows, pattern.shape[2])]
+        if not self.has("q"):
+            return self._kept_rows(places, rows)
+        if self.replay is not None:
+            pattern = self._normalised(self._replayed(places))
+            return pattern if rows is None else pattern[:, :, positions(rows, pattern.shape[2])]
+        terms = self._terms(places)
+        return terms.pattern() if rows is None else terms.rows(rows)
+
+    def statistics(self, places: list[int] | None, pooled: int | None) -> Statistics:
+        """Statistics of some kept heads, as kept or computed now."""
+        kept = [name for name in self.names() if name.startswith(STATISTIC)]
+        if kept and (pooled is None or pooled == self.tile):
+            return Statistics(**{name.removeprefix(STATISTIC): self.get(name, places) for name in kept})
+        if self.has("pattern"):
+            return kernels.statistics_of_pattern(self.get("pattern", places), pooled=pooled)
+        if not self.has("q"):
+            raise SelectionError(f"of {self.site.name} only {spoken(self.names())} was kept: capture with Keep() or Keep(statistics=True)")
+        if self.replay is not None:
+            scores = self._replayed(places)
+            return kernels.statistics_of_pattern(self._normalised(scores), pooled=pooled, scores=scores)
+        return self._terms(places).statistics(kernels.NAMES, pooled)
+
+    def scores(self, places: list[int] | None) -> Tensor:
+        """Scores before the normaliser, as kept or computed now."""
+        if self.has("scores"):
+            return self.get("scores", places)
+        if not self.has("q"):
+            raise SelectionError(f"of {self.site.name} only {spoken(self.names())} was kept: capture with Keep() or Keep(scores=True)")
+        return self._replayed(places) if self.replay is not None else self._terms(places).scores()
+
+    def _kept_rows(self, places: list[int] | None, rows: list[int] | None) -> Tensor:
+        if self.rows is None:
+            raise SelectionError(
+                f"of {self.site.name} only {spoken(self.names())} was kept: capture with Keep() or Keep(pattern=True) to read patterns"
+            )
+        kept = self.get("rows", places)
+        if rows is None:
+            return kept
+        count = int(self.get("queries").item()) if self.has("queries") else max(self.rows) + 1
+        wanted = positions(rows, count)
+        for row in wanted:
+            if row not in self.rows:
+                raise SelectionError(f"row {row} of {self.site.name} was not kept; kept are {list(self.rows)}")
+        return kept[:, :, [self.rows.index(row) for row in wanted]]
+
+    def _terms(self, places: list[int] | None) -> Terms:
+        groups = 1 if self.heads is not None else self.site.query_heads // self.site.kv_heads
+        shared = places is None or self.site.kv_heads == 1
+        q, k = self.get("q", places), self.get("k", None if shared else [p // groups for p in places or ()])
+        mask, bias = (self.get(n, places) if self.has(n) else None for n in ("mask", "bias"))
+        sink = self.get("sink") if self.has("sink") else None
+        return Terms(q, k, self.scale, bias, mask, self.is_causal, self.softcap, sink if sink is None or places is None else sink[places])
+
+    def _replayed(self, places: list[int] | None) -> Tensor:
+        assert self.replay is not None
+        scores = self.replay(self.get("q"), self.get("k"))
+        chosen = list(self.heads) if self.heads is not None else None
+        if places is not None:
+            chosen = places if chosen is None else [chosen[p] for p in places]
+        return scores if chosen is None else scores[:, chosen]
+
+    def _normalised(self, scores: Tensor) -> Tensor:
+        if self.site.sinks or self.site.normaliser not in ("softmax", "exp-sum", "sigmoid"):
+            raise SelectionError(
+                f"the pattern of {self.site.name} ({self.site.normaliser}{', with sinks' if self.site.sinks else ''}) does not follow from "
+                "q and k alone: capture with Keep(pattern=True), Keep(rows=[…]) or Keep(statistics=True)"
+            )
+        return torch.sigmoid(scores) if self.site.normaliser == "sigmoid" else reference.pattern(scores)
+
+
+def check_head(site: AttentionSite, head: int) -> None:
+    """Raises SelectionError for a head that the site has not."""
+    if not 0 <= head < site.query_heads:
+        raise SelectionError(f"no head {head}: {site.name} has {site.query_heads} heads, 0 to {site.query_heads - 1}")
+
+
+def positions(rows: Sequence[int], count: int) -> list[int]:
+    """Query positions counted from the front.
+
+    Raises:
+        SelectionError: a position that this call has not.
+    """
+    for row in rows:
+        if not -count <= row < count:
+            raise SelectionError(f"no query position {row}: this call has {count}, 0 to {count - 1}")
+    return [int(row) % count for row in rows]
+
+
+def spoken(names: Sequence[str]) -> str:
+    """A list of names for a message, shortened."""
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

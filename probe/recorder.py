@@ -1,0 +1,165 @@
+"""From an attention call to what is kept of it: checked, cut to the chosen heads, within the budget."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headscope.kernels import reference
+from headscope.kernels import statistics as kernels
+from headscope.kernels.errors import BudgetError, NonFiniteError, NotIntercepted
+from headscope.probe.call import AttentionCall
+from headscope.probe.keep import Keep, free_memory, readable
+from headscope.probe.record import STATISTIC, Record, Terms, check_head, positions
+
+
+class Recorder:
+    """Makes records for one capture, and knows what they cost so far."""
+
+    def __init__(self, keep: Keep, heads: tuple[int, ...] | None) -> None:
+        self.keep, self.heads = keep, heads
+        self.spent = 0
+        self.budget = keep.budget
+
+    def record(self, call: AttentionCall) -> Record:
+        """What `keep` asks of a finished call.
+
+        Raises:
+            SelectionError: a chosen head that this site has not.
+            NonFiniteError: q or k holds NaN or infinity.
+            BudgetError: it would not fit.
+            NotIntercepted: the call happened inside vmap or jacrev, whose tensors end with it.
+        """
+        keep = self.keep
+        if torch._C._functorch.is_functorch_wrapped_tensor(call.q):
+            raise NotIntercepted("tensors inside vmap or jacrev cannot be kept beyond it: capture a plain call, or loop over the samples")
+        for head in self.heads or ():
+            check_head(call.site, head)
+        record = Record(
+            call.site, call.step, self.heads, scale=call.scale, is_causal=call.is_causal, softcap=call.softcap, tile=keep.pooled
+        )
+        if keep == Keep(qk=False):
+            return record
+        self._check_budget(call)
+        with torch.set_grad_enabled(keep.gradient and torch.is_grad_enabled()):  # looking must save nothing for a backward
+            _check_finite(call)
+            self._keep_operands(call, record)
+            if keep.scores:
+                self._put(record, "scores", self._chosen(_scores(call)))
+            if keep.needs_pattern:
+                self._keep_pattern(call, record)
+        return record
+
+    def _chosen(self, tensor: Tensor) -> Tensor:
+        return tensor if self.heads is None or tensor.shape[1] == 1 else tensor[:, list(self.heads)]
+
+    def _shared(self, tensor: Tensor, call: AttentionCall) -> Tensor:
+        """k or v: the key/value head of each chosen query head."""
+        return tensor if self.heads is None or tensor.shape[1] == 1 else tensor[:, [h // call.groups for h in self.heads]]
+
+    def _put(self, record: Record, name: str, tensor: Tensor) -> None:
+        keep = self.keep
+        kept = tensor if keep.gradient else tensor.detach()
+        if keep.device is not None or (keep.dtype is not None and kept.is_floating_point()):
+            kept = kept.to(device=keep.device, dtype=keep.dtype if kept.is_floating_point() else None)
+        # A view would keep all of a cache or a fused projection alive; a tensor that was written into may be so again.
+        reused = kept.is_inference() or kept._version > 0
+        if kept.untyped_storage().nbytes() > kept.numel() * kept.element_size() or (reused and name in ("k", "v")):
+            kept = kept.clone()
+        record.tensors[name] = kept
+        self.spent += kept.numel() * kept.element_size()
+
+    def _keep_operands(self, call: AttentionCall, record: Record) -> None:
+        keep = self.keep
+        if keep.queries_and_keys and call.rewritten and call.materialised is not None:
+            if not keep.pattern:  # an edit made the pattern what it is: q and k cannot tell it any more
+                self._put(record, "pattern", self._chosen(call.materialised))
+        elif keep.queries_and_keys:
+            record.replay = call.replay
+            whole = call.replay is not None  # a replay runs on all heads at once
+            self._put(record, "q", call.q if whole else self._chosen(call.q))
+            self._put(record, "k", call.k if whole else self._shared(call.k, call))
+            for name, extra in (("mask", call.mask), ("bias", call.bias)):
+                if extra is not None:
+                    record.tensors[name] = self._chosen(extra).detach()  # the model's own: usually one for all layers
+            if call.sink is not None:
+                record.tensors["sink"] = call.sink.detach() if self.heads is None else call.sink.detach()[list(self.heads)]
+        if keep.v and call.v is not None:
+            self._put(record, "v", self._shared(call.v, call))
+        if keep.z and call.z is not None:
+            self._put(record, "z", self._chosen(call.z))
+
+    def _keep_pattern(self, call: AttentionCall, record: Record) -> None:
+        keep = self.keep
+        pattern = call.materialised
+        if pattern is None and call.replay is not None:
+            pattern = reference.pattern(call.replay(call.q, call.k), sink=call.sink)
+        if pattern is not None:
+            pattern = self._chosen(pattern)
+        terms = Terms.of(call, self.heads) if pattern is None else None
+        if terms is not None and keep.pattern:
+            pattern = terms.pattern()
+        if keep.pattern and pattern is not None:
+            self._put(record, "pattern", pattern)
+        if keep.rows is not None:
+            wanted = positions(keep.rows, call.queries)
+            record.rows = tuple(wanted)
+            record.tensors["queries"] = torch.tensor(call.queries)
+            self._put(record, "rows", pattern[:, :, wanted] if pattern is not None else _need(terms).rows(wanted))
+        if keep.wanted_statistics or keep.pooled:
+            if pattern is not None:
+                scores = None if call.materialised_scores is None else self._chosen(call.materialised_scores)
+                found = kernels.statistics_of_pattern(pattern, want=keep.wanted_statistics, pooled=keep.pooled, scores=scores)
+            else:
+                found = _need(terms).statistics(keep.wanted_statistics, keep.pooled)
+            for name, tensor in found.tensors().items():
+                self._put(record, STATISTIC + name, tensor)
+
+    def _check_budget(self, call: AttentionCall) -> None:
+        keep = self.keep
+        if self.budget is None:
+            self.budget = free_memory(torch.device(keep.device) if keep.device is not None else call.q.device) // 2
+        heads = call.q.shape[1] if self.heads is None else len(self.heads)
+        size = call.q.element_size() if keep.dtype is None else torch.empty((), dtype=keep.dtype).element_size()
+        cells = call.q.shape[0] * heads * call.queries * call.keys
+        need = {
+            "the pattern": cells * size * keep.pattern,
+            "scores": cells * size * keep.scores,
+            "rows": cells // max(1, call.queries) * len(keep.rows or ()) * size,
+            "q and k": (call.q.numel() + call.k.numel()) * size * keep.queries_and_keys,
+            "z": call.q.numel() * size * keep.z,
+            "v": call.k.numel() * size * keep.v,
+        }
+        total = self.spent + sum(need.values())
+        if total > self.budget:
+            largest = max(need, key=lambda name: need[name])
+            raise BudgetError(
+                f"keeping {largest} of {call.site.name} ({readable(need[largest])}) would bring this capture to {readable(total)}, "
+                f"over its budget of {readable(self.budget)}: keep statistics=True, rows=[…] or pooled=64 instead, choose layers= and "
+                "heads=, or pass a larger budget="
+            )
+
+
+def _need(terms: Terms | None) -> Terms:
+    assert terms is not None
+    return terms
+
+
+def _scores(call: AttentionCall) -> Tensor:
+    if call.materialised_scores is not None:
+        return call.materialised_scores
+    return call.replay(call.q, call.k) if call.replay is not None else Terms.of(call).scores()
+
+
+def _check_finite(call: AttentionCall) -> None:
+    for name, tensor in (("q", call.q), ("k", call.k)):
+        total = tensor.detach().sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+        if bool(torch.isfinite(total)):  # one pass, no temporary; only a sum that is not finite is looked into
+            continue
+        bad = (~torch.isfinite(tensor)).nonzero()
+        if len(bad):
+            b, h, position, _ = (int(i) for i in bad[0])
+            raise NonFiniteError(
+                f"{name} of {call.site.name} is not finite, first at sample {b}, head {h}, position {position} (step {call.step}): "
+                "the model, its input or an edit produced NaN or infinity before this layer"
+            )

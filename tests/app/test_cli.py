@@ -1,0 +1,304 @@
+"""The command line: results on stdout, progress on stderr, one line and exit code 2 on bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from headscope.app.cli import main
+from headscope.interventions import Edit, Plan, scale, select
+from headscope.kernels.errors import HeadscopeError
+from headscope.probe import Capture, load
+from headscope.probe.models import embedded_folder, tokenize
+
+COMMANDS = ("sites", "capture", "edit", "app", "doctor")
+Shell = pytest.CaptureFixture[str]
+
+
+def said(capsys: Shell, *arguments: object, code: int = 0) -> str:
+    """What a command prints on stdout; it must end with `code`."""
+    ended = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert ended == code, captured.err
+    return captured.out
+
+
+def read(capsys: Shell, *arguments: object, code: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(said(capsys, *arguments, "--json", code=code))
+    return found
+
+
+def refused(capsys: Shell, *arguments: object) -> str:
+    """The one line that bad input gets."""
+    ended = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert (ended, captured.out, len(lines)) == (2, "", 1), captured
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def needs(name: str) -> None:
+    try:
+        embedded_folder(name)
+    except HeadscopeError as error:
+        pytest.skip(str(error))
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); from headscope.app.cli import main; main(['--help']);"
+        "print(time.perf_counter() - start, [m for m in ('torch', 'dash', 'numpy', 'transformers') if m in sys.modules], file=sys.stderr)"
+    )
+    started = time.perf_counter()
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, heavy = found.stderr.strip().split(" ", 1)
+    assert heavy == "[]"
+    assert float(seconds) < 0.5
+    assert time.perf_counter() - started < 5
+    for command in COMMANDS:
+        assert command in found.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example_and_json(command: str, capsys: Shell) -> None:
+    text = said(capsys, command, "--help")
+    assert f"example: headscope {command}" in text
+    assert "--json" in text
+
+
+def test_version_is_that_of_the_distribution(capsys: Shell) -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", said(capsys, "--version"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "required: command"),
+        (["explode"], "invalid choice"),
+        (["sites", "--modle", "x"], "unrecognized arguments"),
+        (["sites", "--model", "no-such-folder/x/y"], "no model"),
+        (["sites", "--text", "a", "--text-file", "b"], "not allowed with"),
+        (["edit"], "no edits"),
+        (["edit", "--scale", "3-5"], "write LAYER.HEAD=X"),
+        (["edit", "--scale", "3.5=nan"], "write LAYER.HEAD=X"),
+        (["edit", "--scale", "3.5=0", "--top", "0"], "--top 0"),
+        (["capture"], "--out DIR"),
+        (["capture", "--out", "x", "--show", "y"], "--out DIR"),
+        (["capture", "--out", "x", "--keep", "everything"], "there are qk, pattern"),
+        (["capture", "--out", "x", "--layers", "1-"], "give numbers such as"),
+        (["capture", "--out", "x", "--layers", "4-2"], "2 is less than 4"),
+        (["capture", "--show", "nowhere"], "say which head"),
+        (["capture", "--show", "nowhere", "--layer", "3", "--head", "5"], "there is no capture 'nowhere'"),
+        (["app", "--port", "70000"], "0 to 65535"),
+        (["app", "--threads", "0"], "from 1 up"),
+        (["app", "--host", "0.0.0.0"], "binds 127.0.0.1 only"),
+        (["app", "--json"], "no JSON output"),
+    ],
+)
+def test_bad_arguments_get_one_line_and_exit_code_two(arguments: list[str], reason: str, capsys: Shell) -> None:
+    assert reason in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["edit", "--text", "hello", "--scale", "6.0=0"], "layer"),
+        (["edit", "--text", "hello", "--scale", "3.8=0"], "no head 8"),
+        (["edit", "--text", "", "--scale", "3.5=0"], "empty"),
+        (["edit", "--scale", "3.5=0"], "nothing to read"),
+        (["edit", "--text", "x" * 300, "--scale", "3.5=0"], "300 tokens"),
+        (["edit", "--text", "x", "--recipe", "nowhere.yaml"], "no recipe 'nowhere.yaml'"),
+        (["edit", "--text-file", "nowhere.txt", "--scale", "3.5=0"], "cannot be read"),
+        (["edit", "--image", "3", "--scale", "3.5=0"], "--image is for embedded:vit"),
+        (["sites", "--device", "quantum"], "no device 'quantum'"),
+        (["sites", "--dtype", "int8"], "float"),
+    ],
+)
+def test_what_the_model_does_not_have_is_named(arguments: list[str], reason: str, tiny: Path, capsys: Shell) -> None:
+    assert reason in refused(capsys, *arguments, "--model", tiny)
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal(capsys: Shell) -> None:
+    line = refused(capsys, "sites", "--model", "\x1b[31mred\u202e")
+    assert "\x1b" not in line
+    assert "\u202e" not in line
+
+
+def test_sites_lists_six_layers_of_eight_heads(tiny: Path, capsys: Shell) -> None:
+    found = read(capsys, "sites", "--model", tiny)
+    assert found["schema"] == "headscope.sites/v1"
+    assert found["fingerprint"].startswith("sha256:")
+    assert [(site["layer"], site["query_heads"], site["kv_heads"], site["key_dim"]) for site in found["sites"]] == [
+        (layer, 8, 4, 16) for layer in range(6)
+    ]
+    table = said(capsys, "sites", "--model", tiny, "--text", "hi")
+    assert "model.layers.3.self_attn#0" in table
+    assert "6 sites, 48 heads" in table
+
+
+def test_a_capture_is_read_back_one_head_at_a_time(tiny: Path, tmp_path: Path, capsys: Shell) -> None:
+    folder = tmp_path / "run"
+    made = read(capsys, "capture", "--model", tiny, "--text", "hello there", "--out", folder)
+    assert (made["schema"], made["folder"], len(made["sites"])) == ("headscope.capture/v1", str(folder), 6)
+    head = read(capsys, "capture", "--show", folder, "--layer", 3, "--head", 5)
+    assert head["shape"] == [11, 11]
+    expected = Capture.open(folder).pattern(layer=3, heads=[5])[0, 0]
+    assert torch.equal(torch.tensor(head["pattern"]), expected)
+    some = read(capsys, "capture", "--show", folder, "--layer", 3, "--head", 5, "--rows", "0,9-10")
+    assert some["queries"] == [0, 9, 10]
+    assert torch.equal(torch.tensor(some["pattern"]), expected[[0, 9, 10]])
+
+
+def test_a_head_is_printed_as_a_table_and_drawn(tiny: Path, tmp_path: Path, capsys: Shell) -> None:
+    folder, picture = tmp_path / "run", tmp_path / "head.png"
+    said(capsys, "capture", "--model", tiny, "--text", "hello", "--out", folder)
+    table = said(capsys, "capture", "--show", folder, "--layer", 0, "--head", 0, "--png", picture)
+    assert table.splitlines()[2].split() == ["0", "1.000", "·", "·", "·", "·"]
+    with Image.open(picture) as image:
+        assert image.size == (5, 5)
+    said(capsys, "capture", "--model", tiny, "--text", "a longer text than sixteen tokens", "--out", tmp_path / "long")
+    assert "entropy (nats)" in said(capsys, "capture", "--show", tmp_path / "long", "--layer", 0, "--head", 0)
+
+
+def test_a_capture_keeps_what_is_asked_and_overwrites_only_when_told(tiny: Path, tmp_path: Path, capsys: Shell) -> None:
+    folder = tmp_path / "run"
+    options = [
+        "--model",
+        tiny,
+        "--text",
+        "hello",
+        "--out",
+        folder,
+        "--layers",
+        "1,3-4",
+        "--heads",
+        "0,5",
+        "--keep",
+        "pattern,z",
+        "--keep",
+        "statistics",
+    ]
+    made = read(capsys, "capture", *options)
+    assert [site["layer"] for site in made["sites"]] == [1, 3, 4]
+    assert {"pattern", "z"} <= set(made["kept"])
+    assert "q" not in made["kept"]
+    assert "exists already" in refused(capsys, "capture", *options)
+    read(capsys, "capture", *options, "--overwrite")
+    assert "head 1" in refused(capsys, "capture", "--show", folder, "--layer", 3, "--head", 1)
+    assert "layers" in refused(capsys, "capture", "--show", folder, "--layer", 0, "--head", 0)
+    assert "no query 9" in refused(capsys, "capture", "--show", folder, "--layer", 3, "--head", 5, "--rows", 9)
+
+
+def test_an_edit_gives_the_numbers_of_the_python_interface(tiny: Path, capsys: Shell) -> None:
+    found = read(capsys, "edit", "--model", tiny, "--text", "hello", "--scale", "3.5=0", "--scale", "1.2=1.5", "--top", 5)
+    model, tokenizer = load(tiny)
+    inputs = tokenize(tokenizer, "hello", model)
+    plan = Plan([Edit("z", scale(0.0), select(layer=3, head=5)), Edit("z", scale(1.5), select(layer=1, head=2))])
+    with torch.no_grad():
+        before = model(**inputs).logits[0, -1].double().softmax(-1)
+        with plan.on(model):
+            after = model(**inputs).logits[0, -1].double().softmax(-1)
+    assert len(found["rows"]) == 5
+    assert [(edit["layers"], edit["heads"], edit["value"]) for edit in found["edits"]] == [([3], [5], 0.0), ([1], [2], 1.5)]
+    for row in found["rows"]:
+        assert row["before"] == pytest.approx(float(before[row["id"]]), abs=1e-12)
+        assert row["after"] == pytest.approx(float(after[row["id"]]), abs=1e-12)
+    assert found["kl_nats"] == pytest.approx(float((before * (before / after).log()).sum()), rel=1e-6)
+
+
+def test_an_edit_of_one_changes_nothing(tiny: Path, capsys: Shell) -> None:
+    found = read(capsys, "edit", "--model", tiny, "--text", "hello", "--scale", "3.5=1")
+    assert found["kl_nats"] == 0
+    assert all(row["before"] == row["after"] for row in found["rows"])
+
+
+def test_a_saved_recipe_gives_the_same_result(tiny: Path, tmp_path: Path, capsys: Shell) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    first = read(capsys, "edit", "--model", tiny, "--text", "hello", "--scale", "3.5=0.25", "--save", recipe)
+    second = read(capsys, "edit", "--model", tiny, "--text", "hello", "--recipe", recipe)
+    assert second["rows"] == first["rows"]
+    table = said(capsys, "edit", "--model", tiny, "--text", "hello", "--recipe", recipe)
+    assert "KL(before ‖ after) = " in table
+
+
+def test_a_recipe_for_another_model_is_refused(tiny: Path, tmp_path: Path, capsys: Shell) -> None:
+    from tests.app.tiny import save_tiny
+
+    recipe, other = tmp_path / "recipe.yaml", save_tiny(tmp_path / "other", seed=1)
+    read(capsys, "edit", "--model", other, "--text", "hello", "--scale", "3.5=0", "--save", recipe)
+    assert "made for another model" in refused(capsys, "edit", "--model", tiny, "--text", "hello", "--recipe", recipe)
+    with pytest.warns(UserWarning, match="another model"):
+        read(capsys, "edit", "--model", tiny, "--text", "hello", "--recipe", recipe, "--force")
+
+
+def test_text_comes_from_standard_input_or_a_file(tiny: Path, tmp_path: Path, capsys: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    direct = read(capsys, "edit", "--model", tiny, "--text", "hello", "--scale", "3.5=0")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    assert read(capsys, "edit", "--model", tiny, "--text", "-", "--scale", "3.5=0") == direct
+    file = tmp_path / "text.txt"
+    file.write_text("hello", encoding="utf-8")
+    assert read(capsys, "edit", "--model", tiny, "--text-file", file, "--scale", "3.5=0") == direct
+    file.write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in refused(capsys, "edit", "--model", tiny, "--text-file", file, "--scale", "3.5=0")
+
+
+def test_progress_goes_to_stderr(tiny: Path, capsys: Shell) -> None:
+    assert main(["sites", "--model", str(tiny), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "loading" in captured.err
+    assert len(captured.out.splitlines()) == 1
+
+
+def test_digits_can_be_looked_at_and_edited(capsys: Shell) -> None:
+    needs("vit")
+    assert len(read(capsys, "sites", "--model", "embedded:vit")["sites"]) == 4
+    found = read(capsys, "edit", "--model", "embedded:vit", "--image", 3, "--scale", "1.2=0")
+    assert found["predicts"] == "class"
+    assert {row["class"] for row in found["rows"]} == {str(digit) for digit in range(10)}
+    assert "no image 99999" in refused(capsys, "edit", "--model", "embedded:vit", "--image", 99999, "--scale", "1.2=0")
+    assert "reads images" in refused(capsys, "edit", "--model", "embedded:vit", "--text", "x", "--scale", "1.2=0")
+
+
+def test_doctor_tells_what_is_there_and_fails_when_a_check_fails(capsys: Shell) -> None:
+    code = main(["doctor", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "headscope.doctor/v1"
+    assert {"versions", "python", "platform", "devices", "kernels", "mechanisms", "optional", "checks", "passed"} <= set(found)
+    assert code == (0 if all(check["passed"] for check in found["checks"]) else 1)
+    assert found["passed"] == (code == 0)
+
+
+def test_doctor_fails_on_a_model_whose_edits_do_nothing(capsys: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headscope.probe import models
+
+    monkeypatch.setattr(models, "EMBEDDED", {})
+    text = said(capsys, "doctor", code=1)
+    assert "FAILED" in text
+    assert "checks failed." in text
+
+
+def test_the_embedded_language_model_passes_the_doctor(capsys: Shell) -> None:
+    needs("lm")
+    found = read(capsys, "doctor")
+    assert {check["name"]: check["passed"] for check in found["checks"]} == dict.fromkeys(
+        (check["name"] for check in found["checks"]), True
+    )
+    assert "48 of 48" in json.dumps(found["checks"])
+
+
+def test_the_embedded_language_model_has_its_heads_listed(capsys: Shell) -> None:
+    needs("lm")
+    found = read(capsys, "sites", "--model", "embedded:lm")
+    assert [site["query_heads"] for site in found["sites"]] == [8] * 6
+    assert all(site["kv_heads"] < 8 for site in found["sites"])
