@@ -73,7 +73,7 @@ class AttentionCall:
     """One execution of a site. Tensors are canonical views of the model's own; see the module docstring.
 
     `mask` (True = may be seen) and `bias` broadcast to [B, H, Q, K]. A site caught by dataflow carries no mask or bias
-    of its own: what its code did between q·kᵀ and the normaliser is kept as a replay, which `scores()` runs.
+    of its own: what its code did between q·kᵀ and the normaliser is kept as a replay.
     """
 
     site: AttentionSite
@@ -87,11 +87,14 @@ class AttentionCall:
     is_causal: bool = False
     softcap: float | None = None
     sink: Tensor | None = None
-    rewritten: bool = False  # an edit changed scores or pattern: they are materialised, and q and k no longer tell them
+    # An edit changed scores or pattern, or the model's code makes them in a way that cannot be run again: they are materialised.
+    rewritten: bool = False
     recomputed: bool = False  # a checkpoint's second forward: edits apply, captures do not count it
     z: Tensor | None = None
     # Scores as the model's own code makes them from (q, k), [B, H, Q, K]; None where scale, mask and bias say it all.
     replay: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
+    # The pattern as it follows from (q, k) by that code and its softmax, [B, H, Q, K].
+    replay_pattern: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
     # The normalised pattern where it was materialised anyway (by the model's code or for an edit).
     materialised: Tensor | None = field(default=None, repr=False)
     materialised_scores: Tensor | None = field(default=None, repr=False)
@@ -108,6 +111,11 @@ class AttentionCall:
     def groups(self) -> int:
         """How many query heads share one key/value head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def told(self) -> bool:
+        """Whether the pattern follows from q and k, with the call's other terms or by its replay; else it is materialised."""
+        return not self.rewritten and (self.site.mechanism == "sdpa" or self.replay_pattern is not None)
 
 
 class Handler(Protocol):

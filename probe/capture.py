@@ -20,8 +20,8 @@ from headscope.kernels.errors import ClosedError, SelectionError, StoreError
 from headscope.kernels.statistics import Statistics
 from headscope.probe.call import AttentionCall, AttentionSite
 from headscope.probe.keep import Keep, readable
-from headscope.probe.record import Record, spoken
-from headscope.probe.recorder import Recorder
+from headscope.probe.record import STATISTIC, Record, spoken, stored_bytes
+from headscope.probe.recorder import Recorder, compact
 from headscope.probe.store import Store, write
 
 if TYPE_CHECKING:
@@ -71,7 +71,9 @@ class Capture:
         """Scores and pattern, where they are to be kept and the model's code forms them anyway."""
         if not self._wants(site):
             return frozenset()
-        return frozenset(("pattern",) * self.keep.needs_pattern + ("scores",) * (self.keep.scores or bool(self.keep.statistics)))
+        keep = self.keep
+        lost = keep.queries_and_keys and site.normaliser != "softmax"  # q and k do not tell its pattern
+        return frozenset(("pattern",) * (keep.needs_pattern or lost) + ("scores",) * (keep.scores or bool(keep.statistics)))
 
     def see(self, call: AttentionCall) -> None:
         """Keep what was asked of a finished call."""
@@ -114,7 +116,8 @@ class Capture:
     @property
     def nbytes(self) -> int:
         """Bytes of all kept tensors in memory."""
-        return sum(record.nbytes() for record in self.records.values())
+        tensors = {id(t): t for record in self.records.values() for t in record.tensors.values()}  # a mask may be every layer's
+        return sum(stored_bytes(t) for t in tensors.values())
 
     def steps(self, site: str | None = None, layer: int | None = None) -> list[int]:
         """The steps kept of a site."""
@@ -197,7 +200,7 @@ class Capture:
             raise SelectionError(
                 f"{name} of {record.site.name} was not kept; kept are {spoken(record.names())}: capture with Keep({asked}=True)"
             )
-        return record.get(name, record.places(heads))
+        return record.operand(name, record.places(heads))
 
     # -- finding ---------------------------------------------------------------------------------------------------
 
@@ -250,30 +253,31 @@ class Capture:
         if not self.records:
             raise StoreError("nothing was captured, so there is nothing to save")
         shards: dict[str, dict[str, Tensor]] = {"shared": {}}
-        shared: dict[tuple[Any, ...], str] = {}
+        shared: dict[object, str] = {}
         calls = []
         for i, record in enumerate(self.records.values()):
             shard = f"{i:05d}"
             tensors, aliases = {}, {}
             for name in record.names():
-                tensor = record.get(name)
                 if name in ("mask", "bias", "sink"):  # often one tensor for every layer
-                    key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+                    key: object = record.aliases[name] if name in record.aliases else _memory(record.tensors[name])
                     if key not in shared:
                         shared[key] = f"{name}.{len(shared)}"
-                        shards["shared"][shared[key]] = _compact(tensor)
+                        shards["shared"][shared[key]] = compact(record.get(name)).contiguous()
                     aliases[name] = shared[key]
                 else:
-                    tensors[name] = tensor
-            if record.replay is not None and "pattern" not in tensors:
-                tensors["pattern"] = self.pattern(site=record.site.name, step=record.step)
-                if record.heads is not None:
-                    tensors.pop("q"), tensors.pop("k")
+                    tensors[name] = record.operand(name)
+            if record.replay is not None:  # the model's own code is not saved, so what it made is
+                tensors.setdefault("pattern", record.pattern(None, None))
+                lse = record.computed(None, ("lse",), None).lse
+                if lse is not None:
+                    tensors.setdefault(STATISTIC + "lse", lse)
             shards[shard] = {n: t.detach() for n, t in tensors.items()}
             calls.append({
                 "site": record.site.to_dict(), "step": record.step, "heads": None if record.heads is None else list(record.heads),
                 "rows": None if record.rows is None else list(record.rows), "scale": record.scale, "is_causal": record.is_causal,
-                "softcap": record.softcap, "tile": record.tile, "shard": shard, "shared": aliases,
+                "softcap": record.softcap, "tile": record.tile, "told": record.told and record.replay is None,
+                "shard": shard, "shared": aliases,
             })  # fmt: skip
         if not shards["shared"]:
             del shards["shared"]
@@ -310,6 +314,7 @@ class Capture:
                     is_causal=entry["is_causal"],
                     softcap=entry["softcap"],
                     tile=entry["tile"],
+                    told=entry["told"],
                     store=store,
                     shard=entry["shard"],
                     aliases={n: ("shared", spot) for n, spot in entry["shared"].items()},
@@ -330,7 +335,9 @@ class Capture:
     # -- views -----------------------------------------------------------------------------------------------------
 
     def to_xarray(self, what: str = "pattern") -> xarray.Dataset:
-        """Named axes: one variable per call, over sample, head, query and key; `what` may also name a statistic.
+        """Named axes: one variable per call, over sample, head, query and key; `what` may also name a statistic, or `pooled`.
+
+        An axis carries its length in its name, `query:128`, since calls differ; `sample` does so where the batch differs too.
 
         Raises:
             SelectionError: xarray is missing, or `what` was not kept.
@@ -339,23 +346,30 @@ class Capture:
             import xarray
         except ImportError as error:
             raise SelectionError("to_xarray() needs xarray: pip install xarray") from error
-        variables = {}
+        self._open()
+        values: dict[tuple[str, int], Tensor] = {}
         for (name, step), record in self.records.items():
-            if what == "pattern":
-                value = self.pattern(site=name, step=step)
-            else:
-                found = getattr(self.statistics(site=name, step=step), what, None)
-                if found is None:
-                    raise SelectionError(f"no statistic {what!r}: choose pattern or one of {', '.join(kernels.NAMES)}")
-                value = found
-            axes = ["sample", "head", "query", "key"] if value.ndim == 4 else ["sample", "head", "key" if what == "received" else "query"]
-            dims = [a if a in ("sample", "head") else f"{a}:{n}" for a, n in zip(axes, value.shape, strict=True)]
-            kept = list(record.heads) if record.heads is not None else list(range(record.site.query_heads))
+            value = record.pattern(None, None) if what == "pattern" else getattr(record.statistics(None, None), what, None)
+            if value is None:
+                raise SelectionError(
+                    f"no {what!r} of {name}: choose pattern or one of {', '.join((*kernels.NAMES, 'pooled'))}, and keep it"
+                )
+            values[name, step] = value
+        last = {"pattern": ["query", "key"], "pooled": ["query tile", "key tile"], "received": ["key"]}.get(what, ["query"])
+        batches = {value.shape[0] for value in values.values()}
+        variables = {}
+        for (name, step), value in values.items():
+            record = self.records[name, step]
+            dims = [f"{axis}:{n}" for axis, n in zip(["sample", "head", *last], value.shape, strict=True)]
+            if len(batches) == 1:  # windows folded into the batch make it another size at some sites
+                dims[0] = "sample"
+            heads = list(record.heads) if record.heads is not None else list(range(record.site.query_heads))
+            plain = value.detach().cpu()
             variables[f"{name}@{step}"] = xarray.DataArray(
-                value.detach().float().cpu().numpy(),
-                dims=[dims[0], f"head:{len(kept)}", *dims[2:]],
-                coords={f"head:{len(kept)}": kept},
-                attrs={"site": name, "step": step, "layer": record.site.layer},
+                (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy(),  # numpy has no bfloat16
+                dims=dims,
+                coords={dims[1]: heads},
+                attrs={"site": name, "step": step, "layer": record.site.layer} | ({"rows": list(record.rows)} if record.rows else {}),
             )
         return xarray.Dataset(variables)
 
@@ -370,12 +384,11 @@ class Capture:
         return f"<table><tr><th>site</th><th>step</th><th>heads</th><th>kept</th><th>size</th></tr>{lines}</table>{rest}"
 
 
+def _memory(tensor: Tensor) -> object:
+    """Equal for tensors that are the same numbers in memory."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
 def matches(site: AttentionSite, glob: str) -> bool:
     """Whether a glob names a site: its full name, its name without `#0`, or its module path."""
-    return any(fnmatchcase(name, glob) for name in (site.name, site.name.removesuffix("#0"), site.module))
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    """Drop what an expanded tensor repeats: its stride-0 dimensions become size 1 again."""
-    index = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
-    return tensor[index].contiguous()
+    return any(name == glob or fnmatchcase(name, glob) for name in (site.name, site.name.removesuffix("#0"), site.module))

@@ -44,6 +44,12 @@ class Keep:
     gradient: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.statistics, str):
+            raise InputError(f"statistics={self.statistics!r}: give a tuple of names, such as ({self.statistics!r},), or True for all")
+        if isinstance(self.rows, int):
+            raise InputError(f"rows={self.rows}: give a list of query positions, such as [{self.rows}]")
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise InputError(f"dtype={self.dtype}: kept tensors are numbers with a fraction; give a floating-point dtype, or None")
         unknown = [n for n in self.statistics if n not in NAMES] if not isinstance(self.statistics, bool) else []
         if unknown:
             raise InputError(f"no statistic {unknown[0]!r}: choose from {', '.join(NAMES)}, or say statistics=True for all")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headscope.kernels.errors import ClosedError
+from headscope.kernels.errors import ClosedError, SelectionError
 from headscope.probe.call import AttentionCall, AttentionSite
 from headscope.probe.capture import Capture
 from headscope.probe.interception import check_model, intercept
@@ -75,6 +75,8 @@ class Probe:
             BudgetError: keeping this would not fit.
         """
         self._open()
+        if heads is not None and not isinstance(heads, int) and not len(heads):
+            raise SelectionError("heads=[] chooses no head: name some, or leave heads out for all")
         as_list = [x if x is None or not isinstance(x, int) else [x] for x in (layers, heads, steps)]
         seen = Capture(
             keep, sites=sites, layers=as_list[0], heads=as_list[1], steps=as_list[2], fingerprint=lambda: model_fingerprint(self.model)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from headscope.kernels import reference
+from headscope.kernels import blockwise, reference
 from headscope.kernels import statistics as kernels
 from headscope.kernels.errors import SelectionError
 from headscope.kernels.statistics import Statistics
@@ -55,8 +55,12 @@ class Terms:
         )
 
     def pattern(self) -> Tensor:
-        """[B, H, Q, K]."""
-        return reference.pattern(self.scores(), sink=self.sink)
+        """[B, H, Q, K]; with its graph where gradients are on and wanted, else by panels."""
+        if torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad):
+            return reference.pattern(self.scores(), sink=self.sink)
+        return blockwise.pattern(
+            self.q, self.k, scale=self.scale, bias=self.bias, mask=self.mask, is_causal=self.is_causal, softcap=self.softcap, sink=self.sink
+        )
 
     def rows(self, queries: Sequence[int]) -> Tensor:
         """[B, H, len(queries), K], without the rest of the map."""
@@ -81,7 +85,9 @@ class Record:
         heads: the query heads kept; None for all.
         rows: the query positions whose pattern rows were kept.
         tile: side of the tiles of a kept pooled map.
-        replay: scores from (q, k) as the model's own code makes them, where scale, mask and bias do not tell.
+        told: scores and pattern follow from the q and k kept, with mask, bias and sink or by the replays; else they were kept or are lost.
+        gradient: what is computed from what was kept belongs to the autograd graph.
+        replay, replay_pattern: scores and pattern from (q, k) as the model's own code makes them, where mask and bias do not tell.
     """
 
     site: AttentionSite
@@ -93,7 +99,10 @@ class Record:
     is_causal: bool = False
     softcap: float | None = None
     tile: int | None = None
+    told: bool = True
+    gradient: bool = False
     replay: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
+    replay_pattern: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
     store: Store | None = field(default=None, repr=False)
     shard: str = ""
     aliases: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False)
@@ -117,8 +126,17 @@ class Record:
             return self.store.read(shard, key)
         return torch.cat([self.store.read_slice(shard, key, (slice(None), slice(p, p + 1))) for p in places], dim=1)
 
+    def operand(self, name: str, places: Sequence[int] | None = None) -> Tensor:
+        """Kept q or k of some kept heads. A replay runs on all heads at once, so they were kept whole for it."""
+        if self.replay is None or self.heads is None or name not in self.tensors:
+            return self.get(name, places)
+        whole = self.tensors[name]
+        group = self.site.query_heads // whole.shape[1]
+        chosen = self.heads if places is None else [self.heads[p] for p in places]
+        return whole if whole.shape[1] == 1 < self.site.query_heads else whole[:, [head // group for head in chosen]]
+
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(stored_bytes(tensor) for tensor in self.tensors.values())
 
     def places(self, heads: Sequence[int] | int | None) -> list[int] | None:
         """Positions of the asked query heads among those kept.
@@ -130,6 +148,8 @@ class Record:
             return None
         kept = self.heads or tuple(range(self.site.query_heads))
         asked = [heads] if isinstance(heads, int) else list(heads)
+        if not asked:
+            raise SelectionError("heads=[] chooses no head: name some, or leave heads out for all")
         for head in asked:
             check_head(self.site, head)
             if head not in kept:
@@ -143,25 +163,38 @@ class Record:
             return pattern if rows is None else pattern[:, :, positions(rows, pattern.shape[2])]
         if not self.has("q"):
             return self._kept_rows(places, rows)
-        if self.replay is not None:
-            pattern = self._normalised(self._replayed(places))
+        if self.replay_pattern is not None:
+            pattern = self._replayed(self.replay_pattern, places)
             return pattern if rows is None else pattern[:, :, positions(rows, pattern.shape[2])]
         terms = self._terms(places)
         return terms.pattern() if rows is None else terms.rows(rows)
 
     def statistics(self, places: list[int] | None, pooled: int | None) -> Statistics:
         """Statistics of some kept heads, as kept or computed now."""
-        kept = [name for name in self.names() if name.startswith(STATISTIC)]
-        if kept and (pooled is None or pooled == self.tile):
-            return Statistics(**{name.removeprefix(STATISTIC): self.get(name, places) for name in kept})
+        names = [name for name in self.names() if name.startswith(STATISTIC)]
+        kept = {name.removeprefix(STATISTIC): self.get(name, places) for name in names}
+        if pooled is not None and pooled != self.tile:
+            kept.pop("pooled", None)
+        missing = [name for name in kernels.NAMES if name not in kept]
+        tile = None if "pooled" in kept else pooled
+        if not (self.has("pattern") or self.has("q")):
+            if not kept or tile is not None:
+                advice = "Keep() or Keep(statistics=True)" if tile is None else f"Keep() or Keep(pooled={tile})"
+                raise SelectionError(f"of {self.site.name} only {spoken(self.names()) or 'nothing'} was kept: capture with {advice}")
+            return Statistics(**kept)
+        if not missing and tile is None:
+            return Statistics(**kept)
+        return Statistics(**(self.computed(places, missing, tile).tensors() | kept))
+
+    def computed(self, places: list[int] | None, want: Sequence[str], tile: int | None) -> Statistics:
+        """Statistics computed now, from the pattern or from q and k."""
         if self.has("pattern"):
-            return kernels.statistics_of_pattern(self.get("pattern", places), pooled=pooled)
-        if not self.has("q"):
-            raise SelectionError(f"of {self.site.name} only {spoken(self.names())} was kept: capture with Keep() or Keep(statistics=True)")
-        if self.replay is not None:
-            scores = self._replayed(places)
-            return kernels.statistics_of_pattern(self._normalised(scores), pooled=pooled, scores=scores)
-        return self._terms(places).statistics(kernels.NAMES, pooled)
+            scores = self.get("scores", places) if self.has("scores") else None
+            return kernels.statistics_of_pattern(self.get("pattern", places), want, tile, scores)
+        if self.replay is not None and self.replay_pattern is not None:
+            pattern = self._replayed(self.replay_pattern, places)
+            return kernels.statistics_of_pattern(pattern, want, tile, self._replayed(self.replay, places) if "lse" in want else None)
+        return self._terms(places).statistics(want, tile)
 
     def scores(self, places: list[int] | None) -> Tensor:
         """Scores before the normaliser, as kept or computed now."""
@@ -169,12 +202,20 @@ class Record:
             return self.get("scores", places)
         if not self.has("q"):
             raise SelectionError(f"of {self.site.name} only {spoken(self.names())} was kept: capture with Keep() or Keep(scores=True)")
-        return self._replayed(places) if self.replay is not None else self._terms(places).scores()
+        if self.replay is not None:
+            return self._replayed(self.replay, places)
+        if not self.told:
+            raise SelectionError(
+                f"the scores of {self.site.name} do not follow from q and k alone (an edit or the model's own code made them): "
+                "capture with Keep(scores=True)"
+            )
+        return self._terms(places).scores()
 
     def _kept_rows(self, places: list[int] | None, rows: list[int] | None) -> Tensor:
         if self.rows is None:
             raise SelectionError(
-                f"of {self.site.name} only {spoken(self.names())} was kept: capture with Keep() or Keep(pattern=True) to read patterns"
+                f"of {self.site.name} only {spoken(self.names()) or 'nothing'} was kept: capture with Keep() or Keep(pattern=True) to read "
+                "patterns"
             )
         kept = self.get("rows", places)
         if rows is None:
@@ -194,21 +235,13 @@ class Record:
         sink = self.get("sink") if self.has("sink") else None
         return Terms(q, k, self.scale, bias, mask, self.is_causal, self.softcap, sink if sink is None or places is None else sink[places])
 
-    def _replayed(self, places: list[int] | None) -> Tensor:
-        assert self.replay is not None
-        scores = self.replay(self.get("q"), self.get("k"))
+    def _replayed(self, replay: Callable[[Tensor, Tensor], Tensor], places: list[int] | None) -> Tensor:
+        with torch.set_grad_enabled(self.gradient and torch.is_grad_enabled()):  # the model's own bias may require gradients
+            found = replay(self.get("q"), self.get("k"))
         chosen = list(self.heads) if self.heads is not None else None
         if places is not None:
             chosen = places if chosen is None else [chosen[p] for p in places]
-        return scores if chosen is None else scores[:, chosen]
-
-    def _normalised(self, scores: Tensor) -> Tensor:
-        if self.site.sinks or self.site.normaliser not in ("softmax", "exp-sum", "sigmoid"):
-            raise SelectionError(
-                f"the pattern of {self.site.name} ({self.site.normaliser}{', with sinks' if self.site.sinks else ''}) does not follow from "
-                "q and k alone: capture with Keep(pattern=True), Keep(rows=[…]) or Keep(statistics=True)"
-            )
-        return torch.sigmoid(scores) if self.site.normaliser == "sigmoid" else reference.pattern(scores)
+        return found if chosen is None else found[:, chosen]
 
 
 def check_head(site: AttentionSite, head: int) -> None:
@@ -227,6 +260,11 @@ def positions(rows: Sequence[int], count: int) -> list[int]:
         if not -count <= row < count:
             raise SelectionError(f"no query position {row}: this call has {count}, 0 to {count - 1}")
     return [int(row) % count for row in rows]
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes a tensor takes; what an expanded one repeats is there only once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def spoken(names: Sequence[str]) -> str:

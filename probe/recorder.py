@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headscope.kernels import reference
 from headscope.kernels import statistics as kernels
-from headscope.kernels.errors import BudgetError, NonFiniteError, NotIntercepted
+from headscope.kernels.errors import BudgetError, NonFiniteError, NotIntercepted, SelectionError
 from headscope.probe.call import AttentionCall
 from headscope.probe.keep import Keep, free_memory, readable
-from headscope.probe.record import STATISTIC, Record, Terms, check_head, positions
+from headscope.probe.record import STATISTIC, Record, Terms, check_head, positions, stored_bytes
 
 
 class Recorder:
@@ -20,6 +19,7 @@ class Recorder:
         self.keep, self.heads = keep, heads
         self.spent = 0
         self.budget = keep.budget
+        self.extras: list[Tensor] = []  # masks and biases kept so far; usually one is every layer's
 
     def record(self, call: AttentionCall) -> Record:
         """What `keep` asks of a finished call.
@@ -36,8 +36,9 @@ class Recorder:
         for head in self.heads or ():
             check_head(call.site, head)
         record = Record(
-            call.site, call.step, self.heads, scale=call.scale, is_causal=call.is_causal, softcap=call.softcap, tile=keep.pooled
-        )
+            call.site, call.step, self.heads, scale=call.scale, is_causal=call.is_causal, softcap=call.softcap, tile=keep.pooled,
+            told=call.told, gradient=keep.gradient,
+        )  # fmt: skip
         if keep == Keep(qk=False):
             return record
         self._check_budget(call)
@@ -62,28 +63,42 @@ class Recorder:
         kept = tensor if keep.gradient else tensor.detach()
         if keep.device is not None or (keep.dtype is not None and kept.is_floating_point()):
             kept = kept.to(device=keep.device, dtype=keep.dtype if kept.is_floating_point() else None)
-        # A view would keep all of a cache or a fused projection alive; a tensor that was written into may be so again.
-        reused = kept.is_inference() or kept._version > 0
-        if kept.untyped_storage().nbytes() > kept.numel() * kept.element_size() or (reused and name in ("k", "v")):
+        # A view would keep all of a cache or a fused projection alive; a cache is written into again, and z may be.
+        reused = name == "z" or (name in ("k", "v") and (kept.is_inference() or kept._version > 0))
+        if kept.untyped_storage().nbytes() > kept.numel() * kept.element_size() or (reused and kept.data_ptr() == tensor.data_ptr()):
             kept = kept.clone()
         record.tensors[name] = kept
-        self.spent += kept.numel() * kept.element_size()
+        self.spent += stored_bytes(kept)
+
+    def _put_extra(self, record: Record, name: str, extra: Tensor) -> None:
+        """Keep a mask, bias or sink: a copy, since many models fill one mask again at every step, but one for all layers."""
+        kept = extra if self.keep.gradient else compact(extra.detach())
+        kept = kept if self.keep.device is None else kept.to(self.keep.device)
+        if not self.keep.gradient:
+            alike = (x for x in self.extras[-4:] if x.shape == kept.shape and x.dtype == kept.dtype)
+            twin = next((x for x in alike if torch.equal(x, kept)), None)
+            if twin is None:
+                twin = kept.clone()
+                self.extras.append(twin)
+                self.spent += stored_bytes(twin)
+            kept = twin
+        record.tensors[name] = kept
 
     def _keep_operands(self, call: AttentionCall, record: Record) -> None:
         keep = self.keep
-        if keep.queries_and_keys and call.rewritten and call.materialised is not None:
-            if not keep.pattern:  # an edit made the pattern what it is: q and k cannot tell it any more
-                self._put(record, "pattern", self._chosen(call.materialised))
-        elif keep.queries_and_keys:
-            record.replay = call.replay
-            whole = call.replay is not None  # a replay runs on all heads at once
+        if keep.queries_and_keys and not call.told and not keep.pattern:
+            assert call.materialised is not None
+            self._put(record, "pattern", self._chosen(call.materialised))
+        if keep.queries_and_keys and (call.told or keep.qk):
+            record.replay, record.replay_pattern = (call.replay, call.replay_pattern) if call.told else (None, None)
+            whole = record.replay is not None  # a replay runs on all heads at once
             self._put(record, "q", call.q if whole else self._chosen(call.q))
             self._put(record, "k", call.k if whole else self._shared(call.k, call))
             for name, extra in (("mask", call.mask), ("bias", call.bias)):
                 if extra is not None:
-                    record.tensors[name] = self._chosen(extra).detach()  # the model's own: usually one for all layers
+                    self._put_extra(record, name, self._chosen(extra))
             if call.sink is not None:
-                record.tensors["sink"] = call.sink.detach() if self.heads is None else call.sink.detach()[list(self.heads)]
+                self._put_extra(record, "sink", call.sink if self.heads is None else call.sink[list(self.heads)])
         if keep.v and call.v is not None:
             self._put(record, "v", self._shared(call.v, call))
         if keep.z and call.z is not None:
@@ -92,8 +107,8 @@ class Recorder:
     def _keep_pattern(self, call: AttentionCall, record: Record) -> None:
         keep = self.keep
         pattern = call.materialised
-        if pattern is None and call.replay is not None:
-            pattern = reference.pattern(call.replay(call.q, call.k), sink=call.sink)
+        if pattern is None and call.replay_pattern is not None:
+            pattern = call.replay_pattern(call.q, call.k)
         if pattern is not None:
             pattern = self._chosen(pattern)
         terms = Terms.of(call, self.heads) if pattern is None else None
@@ -119,24 +134,35 @@ class Recorder:
         keep = self.keep
         if self.budget is None:
             self.budget = free_memory(torch.device(keep.device) if keep.device is not None else call.q.device) // 2
-        heads = call.q.shape[1] if self.heads is None else len(self.heads)
-        size = call.q.element_size() if keep.dtype is None else torch.empty((), dtype=keep.dtype).element_size()
-        cells = call.q.shape[0] * heads * call.queries * call.keys
+        wide = call.q.shape[0] * (call.q.shape[1] if self.heads is None else len(self.heads))
+        shared = call.k.shape[1] if self.heads is None or call.k.shape[1] == 1 else len(self.heads)
+        size = call.q.element_size() if keep.dtype is None else keep.dtype.itemsize
+        exact = max(4, call.q.element_size()) if keep.dtype is None else size  # statistics of half precision are single
+        cells = wide * call.queries * call.keys
+        value_width = 0 if call.z is None else call.z.shape[-1]
+        tiles = 0 if keep.pooled is None else -(-call.queries // keep.pooled) * -(-call.keys // keep.pooled)
+        lengths = [call.keys if n == "received" else call.queries * (2 if n == "argmax" else 1) for n in keep.wanted_statistics]
+        operands = wide * call.queries * call.q.shape[-1] + call.q.shape[0] * shared * call.keys * call.k.shape[-1]
+        if call.replay is not None:  # runs on all heads
+            operands = call.q.numel() + call.k.numel()
         need = {
-            "the pattern": cells * size * keep.pattern,
+            "the pattern": cells * size * (keep.pattern or (keep.queries_and_keys and not call.told)),
             "scores": cells * size * keep.scores,
-            "rows": cells // max(1, call.queries) * len(keep.rows or ()) * size,
-            "q and k": (call.q.numel() + call.k.numel()) * size * keep.queries_and_keys,
-            "z": call.q.numel() * size * keep.z,
-            "v": call.k.numel() * size * keep.v,
+            "rows": wide * call.keys * len(keep.rows or ()) * size,
+            "the pooled map": wide * tiles * exact,
+            "statistics": wide * sum(lengths) * exact,
+            "q and k": operands * size * (keep.queries_and_keys and (call.told or bool(keep.qk))),
+            "z": wide * call.queries * value_width * size * keep.z,
+            "v": call.q.shape[0] * shared * call.keys * value_width * size * keep.v,
         }
         total = self.spent + sum(need.values())
         if total > self.budget:
             largest = max(need, key=lambda name: need[name])
+            large = largest in ("the pattern", "scores", "rows", "the pooled map")
+            advice = "keep statistics=True, rows=[…] or pooled=64 instead, choose" if large else "choose"
             raise BudgetError(
                 f"keeping {largest} of {call.site.name} ({readable(need[largest])}) would bring this capture to {readable(total)}, "
-                f"over its budget of {readable(self.budget)}: keep statistics=True, rows=[…] or pooled=64 instead, choose layers= and "
-                "heads=, or pass a larger budget="
+                f"over its budget of {readable(self.budget)}: {advice} layers= and heads=, or pass a larger budget="
             )
 
 
@@ -148,7 +174,16 @@ def _need(terms: Terms | None) -> Terms:
 def _scores(call: AttentionCall) -> Tensor:
     if call.materialised_scores is not None:
         return call.materialised_scores
-    return call.replay(call.q, call.k) if call.replay is not None else Terms.of(call).scores()
+    if call.replay is not None:
+        return call.replay(call.q, call.k)
+    if not call.told:
+        raise SelectionError(f"{call.site.name} ({call.site.mechanism}) has no scores to keep: keep its pattern, or name other sites")
+    return Terms.of(call).scores()
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """What an expanded tensor repeats, once: its dimensions of stride 0 become size 1 again."""
+    return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
 
 
 def _check_finite(call: AttentionCall) -> None:

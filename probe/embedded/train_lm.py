@@ -28,7 +28,9 @@ HELD_OUT = 0.05  # the last part of each text is never trained on
 STAGES = ((0.5, 128, 24), (0.85, 256, 12), (1.0, 1024, 3))  # (until this share of the steps, sequence length S, sequences B)
 
 
-REPEATED = ((0.6, 0.5), (1.0, 0.25))  # (until this share of the steps, share of sequences that repeat a span)
+# (until this share of the steps, share of sequences that repeat a span, share of those whose span is random): prose with some
+# repetition, then a push in which induction forms, then prose again.
+REPEATED = ((0.375, 0.5, 0.5), (0.65, 0.85, 0.8), (1.0, 0.3, 0.5))
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -58,12 +60,12 @@ def build_config(vocab_size: int) -> LlamaConfig:
 
 
 def sample_batch(
-    streams: list[np.ndarray], n: int, length: int, repeated: float, rng: np.random.Generator, vocab: int
+    streams: list[np.ndarray], n: int, length: int, repeated: float, random: float, rng: np.random.Generator, vocab: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences that start with `<s>`, and their labels, both [B, S].
 
-    Either prose, or a span repeated to the end: half of those are spans of random tokens, which nothing but the
-    repetition predicts; their first copy is unpredictable, so it is left out of the loss (label -100).
+    Either prose, or (a share `repeated`) a span repeated to the end. A share `random` of those are spans of random tokens, which
+    nothing but the repetition predicts; their first copy is unpredictable, so it is left out of the loss (label -100).
     """
     weights = np.array([len(s) for s in streams], dtype=float)
     rows, labels = [], []
@@ -73,7 +75,7 @@ def sample_batch(
         if rng.random() < repeated:
             longest = min(length // 2, 256)
             period = int(np.exp(rng.uniform(np.log(4), np.log(longest))))  # log-uniform: short repetitions teach first
-            if rng.random() < 0.5:
+            if rng.random() < random:
                 span = rng.integers(3, vocab, size=period)
                 target = np.full(length, -100, dtype=np.int64)
             else:
@@ -152,19 +154,22 @@ def train(args: argparse.Namespace) -> None:
     checkpoint = args.work / "checkpoint.pt"
     args.work.mkdir(parents=True, exist_ok=True)
     step, spent, tokens, log = 0, 0.0, 0, []
+    runs: list[dict[str, object]] = []  # a resumed training may go on with other arguments: say so in its record
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent, tokens, log = state["step"], state["seconds"], state["tokens"], json.loads(state["log"])
+        runs = json.loads(state.get("runs", "[]"))
         print(f"resumed at step {step}", flush=True)
+    runs.append({"from_step": step, "steps": args.steps, "lr": args.lr})
     began = time.monotonic() - spent
     while step < args.steps:
         share = step / args.steps
         _, length, batch = next(stage for stage in STAGES if share < stage[0])
         rng = np.random.default_rng([args.seed, step])  # one generator a step: a resumed run sees the same data
-        repeated = next(amount for until, amount in REPEATED if share < until)
-        ids, labels = sample_batch(training, batch, length, repeated, rng, vocab)
+        repeated, random = next(phase[1:] for phase in REPEATED if share < phase[0])
+        ids, labels = sample_batch(training, batch, length, repeated, random, rng, vocab)
         rate = args.lr * min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -191,14 +196,14 @@ def train(args: argparse.Namespace) -> None:
             left = seconds / step * (args.steps - step)
             print(f"{json.dumps(row)}  about {left / 60:.0f} min left", flush=True)
             save_checkpoint(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                                         "seconds": seconds, "tokens": tokens, "log": json.dumps(log)})  # fmt: skip
+                                         "seconds": seconds, "tokens": tokens, "log": json.dumps(log), "runs": json.dumps(runs)})  # fmt: skip
     model.eval().half().save_pretrained(args.out)
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(args.out)
     final = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
     induction, previous = stripe_scores(final, vocab)
     report = {
-        "arguments": {"steps": args.steps, "lr": args.lr, "repeated": REPEATED, "seed": args.seed, "vocab": vocab,
+        "arguments": {"runs": runs, "repeated": REPEATED, "seed": args.seed, "vocab": vocab,
                       "bf16": args.bf16, "threads": args.threads, "batch_stages": STAGES},
         "texts": [{"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "held_out_characters": len(text) - c}
                   for path, text, c in zip(args.text, texts, cut, strict=True)],

@@ -20,6 +20,9 @@ CONTEXT = ("encoder", "key_value", "context", "memory", "cross")
 NOT_CONTEXT = ("mask", "bias", "pos", "emb")
 
 
+Groups = tuple[tuple[Atom, ...], ...]  # atoms of each canonical dimension
+
+
 @dataclass(frozen=True)
 class Grouping:
     """Which atoms are batch, head, query and key, and which operand of the product holds the keys."""
@@ -31,7 +34,7 @@ class Grouping:
     keys_second: bool
 
     @property
-    def map(self) -> tuple[tuple[Atom, ...], ...]:
+    def map(self) -> Groups:
         return (self.batch, self.head, self.query, self.key)
 
     @property
@@ -56,6 +59,14 @@ class Candidate:
     summed: bool = False  # the sum of the exponentials was taken: the pattern is their share of it
     stages: frozenset[str] = frozenset()
     product: Product | None = None
+
+    def __post_init__(self) -> None:
+        self.place = self.place.without_frames()  # a candidate lives as long as any tensor that descends from it
+
+    def secure(self) -> None:
+        """Copy what is to be shown of the pattern: the model's own code is about to write into it."""
+        if self.call is not None and self.call.materialised is not None:
+            self.call.materialised = self.call.materialised.clone()
 
 
 def head_count(module: nn.Module) -> int | None:
@@ -163,9 +174,7 @@ def _split_heads(
     return tuple(atoms[:-1]), (atoms[-1],)
 
 
-def canonical_operand(
-    product: Product, which: int, grouping: Grouping, sequence: tuple[Atom, ...]
-) -> tuple[Tensor, Axes, tuple[tuple[Atom, ...], ...]]:
+def canonical_operand(product: Product, which: int, grouping: Grouping, sequence: tuple[Atom, ...]) -> tuple[Tensor, Axes, Groups]:
     """An operand as [batch, head, sequence, width], with what is needed to put a changed one back."""
     tensor, letters = product.operand(which)
     axes = operand_axes(product, which)

@@ -94,6 +94,7 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
             return mod_scores(reference.scores(new_q, new_k, scale=scale), score_mod, block_mask)
 
     call.replay = scores_of
+    call.replay_pattern = lambda new_q, new_k: reference.pattern(scores_of(new_q, new_k))
     stages = session.stages(site)
     inner = stages & {"q", "k", "v", "bias", "scores", "pattern"}
     if not inner:

@@ -44,14 +44,14 @@ class Fold:
     packed: int = 1
 
     def query(self, q: Tensor) -> Tensor:
-        return q.reshape(self.batch, self.heads, -1, q.shape[-1])
+        return q.reshape(self.batch, self.heads, self.shape[-2] // self.packed, q.shape[-1])
 
     def shared(self, k: Tensor) -> Tensor:
         """k or v: [B, G, K, D], where G is whatever head axis it has."""
         if len(self.shape) >= 4:
-            return k.reshape(-1, *k.shape[-3:])
+            return k.reshape(math.prod(k.shape[:-3]), *k.shape[-3:])
         if len(self.shape) == 3:
-            return k.reshape(self.batch, -1, *k.shape[-2:])
+            return k.reshape(self.batch, k.shape[0] // self.batch if self.batch else self.heads, *k.shape[-2:])
         return k[None, None]
 
     def mask(self, mask: Tensor) -> Tensor:

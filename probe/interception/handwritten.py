@@ -29,8 +29,9 @@ from headscope.probe.interception.candidate import (
 )
 from headscope.probe.interception.guard import guarded, refuse_reentrant
 from headscope.probe.interception.products import Product
+from headscope.probe.interception.rerun import Operand, Rerun, put_back, real_keys
 from headscope.probe.interception.session import Place, locate
-from headscope.probe.interception.tape import Node, base_name, replay
+from headscope.probe.interception.tape import Node, base_name, repeatable, replay
 
 if TYPE_CHECKING:
     from headscope.probe.interception.tracker import Tracker
@@ -78,9 +79,18 @@ def normalise(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...],
             )
             session.pending.append(Candidate(session, place, path, normaliser, None, complaint))
         return result
-    begun = _Beginning(tracker, node, node.product, axes, grouping, place, path, normaliser, name)
+
+    rest, options, named = args[1:], {n: x for n, x in kwargs.items() if n not in ("input", "out")}, not args
+
+    def again(scores: Tensor) -> Tensor:  # a capture may keep it, so it must not hold the scores it was made for
+        result: Tensor = func(input=scores, **options) if named else func(scores, *rest, **options)
+        return result
+
+    begun = _Beginning(tracker, node, node.product, axes, grouping, place, path, normaliser, name, again)
     edited = begun.edited_scores(source)
-    result = func(edited, *args[1:], **kwargs) if args else func(**{**kwargs, "input": edited})
+    if begun.call.materialised_scores is not None and name.endswith("_"):  # it is about to write the exponentials over them
+        begun.call.materialised_scores = begun.call.materialised_scores.clone()
+    result = func(edited, *rest, **kwargs) if args else func(**{**kwargs, "input": edited})
     if normaliser == "exp-sum":
         tracker.track(result, Node("exp", axes, node.product, node.path, candidate=begun.candidate))
         return result
@@ -101,6 +111,7 @@ class _Beginning:
         path: str,
         normaliser: str,
         name: str,
+        softmax: Callable[[Tensor], Tensor],
     ) -> None:
         session = place.session
         self.session, self.node, self.product, self.axes, self.grouping, self.place = session, node, product, axes, grouping, place
@@ -110,14 +121,16 @@ class _Beginning:
         self.candidate = candidate = Candidate(session, place, path, normaliser, grouping, complaint, product=product)
         session.pending.append(candidate)
         ordinal = session.claim(path) if normaliser == "softmax" else session.ordinals[path]
-        self.query_operand, self.key_operand = (0, 1) if grouping.keys_second else (1, 0)
-        q, self.q_axes, self.q_groups = canonical_operand(product, self.query_operand, grouping, grouping.query)
-        k, self.k_axes, self.k_groups = canonical_operand(product, self.key_operand, grouping, grouping.key)
+        query_operand, key_operand = (0, 1) if grouping.keys_second else (1, 0)
+        q, q_axes, q_groups = canonical_operand(product, query_operand, grouping, grouping.query)
+        k, k_axes, k_groups = canonical_operand(product, key_operand, grouping, grouping.key)
         batch = max(q.shape[0], k.shape[0])
         q, k = expand_batch(q, batch), expand_batch(k, batch)
-        copies = tracker.repeats(product.operand(self.key_operand)[0])
-        self.repeated = copies if copies > 1 and k.shape[1] == q.shape[1] and k.shape[1] % copies == 0 else 1
-        self.q, self.k = q, k[:, :: self.repeated] if self.repeated > 1 else k
+        own_q, own_k = product.operand(query_operand)[0], product.operand(key_operand)[0]
+        copies = tracker.repeats(own_k)
+        copies = copies if copies > 1 and k.shape[1] == q.shape[1] and k.shape[1] % copies == 0 else 1
+        self.q, self.k = q, k[:, ::copies] if copies > 1 else k
+        self.operands = Operand(own_q, q_axes, q_groups), Operand(own_k, k_axes, k_groups, copies)
         site_name = f"{path or type(session.model).__name__}#{ordinal}"
         site = session.sites.get(site_name)
         if site is None:
@@ -127,27 +140,15 @@ class _Beginning:
                 bias=bool(node.operations & ADDITIVE),
             )  # fmt: skip
         call = AttentionCall(site, session.steps[site_name] - (1 if place.recomputed else 0), q, self.k, None, recomputed=place.recomputed)
-        call.replay = self.scores_of
+        if repeatable(node):
+            rerun = Rerun(site_name, node, axes, grouping, *self.operands, softmax)
+            call.replay = rerun.scores
+            # The weights of another normaliser may be changed before they multiply the values, so they are not told by the scores.
+            call.replay_pattern = rerun.pattern if normaliser == "softmax" else None
+        else:
+            call.rewritten = normaliser == "softmax"
         candidate.call, candidate.stages = call, session.stages(site)
         self.call = call
-
-    def scores_of(self, q: Tensor, k: Tensor) -> Tensor:
-        """Canonical scores as the model's own code makes them from these queries and keys, sink columns left out."""
-        return self._real(arrange(replay(self.node, self._swap(q, k)), self.axes, self.grouping.map), k.shape[2])
-
-    def _real(self, full: Tensor, keys: int) -> Tensor:
-        return full if full.shape[-1] == keys else full[..., self.grouping.lead : self.grouping.lead + keys]
-
-    def _swap(self, q: Tensor, k: Tensor) -> list[tuple[Tensor, Tensor]]:
-        pairs = []
-        if q is not self.q:
-            tensor = self.product.operand(self.query_operand)[0]
-            pairs.append((tensor, put_back(q, tensor, self.q_axes, self.q_groups)))
-        if k is not self.k:
-            tensor = self.product.operand(self.key_operand)[0]
-            whole = k.repeat_interleave(self.repeated, dim=1) if self.repeated > 1 else k
-            pairs.append((tensor, put_back(whole, tensor, self.k_axes, self.k_groups)))
-        return pairs
 
     def edited_scores(self, source: Tensor) -> Tensor:
         """What the normaliser is to see: the model's own scores, after the edits of q, k, bias and scores."""
@@ -157,7 +158,8 @@ class _Beginning:
         if stages & {"q", "k"}:
             q = session.change(call, "q", self.q) if "q" in stages else self.q
             k = session.change(call, "k", self.k) if "k" in stages else self.k
-            pairs = self._swap(q, k)
+            old_and_new = zip((self.q, self.k), (q, k), self.operands, strict=True)
+            pairs = [operand.swap(new) for old, new, operand in old_and_new if new is not old]
             if pairs:
                 try:
                     source = replay(self.node, pairs)
@@ -169,7 +171,7 @@ class _Beginning:
                 call.q, call.k = q, k
         if stages & {"bias", "scores"}:
             full = arrange(source, self.axes, self.grouping.map)
-            scores = changed = self._real(full, call.keys)
+            scores = changed = real_keys(full, self.grouping, call.keys)
             if "bias" in stages:
                 zero = torch.zeros((), dtype=scores.dtype, device=scores.device)
                 added = session.change(call, "bias", zero)
@@ -181,7 +183,7 @@ class _Beginning:
                 call.rewritten = True
                 source = _write(full, changed, source, self.axes, self.grouping)
         if "scores" in session.reads(call.site) or call.rewritten:
-            call.materialised_scores = self._real(arrange(source, self.axes, self.grouping.map), call.keys)
+            call.materialised_scores = real_keys(arrange(source, self.axes, self.grouping.map), self.grouping, call.keys)
         return source
 
 
@@ -198,11 +200,9 @@ def normalised(tracker: Tracker, result: Tensor, axes: Axes, candidate: Candidat
     session, call, grouping = candidate.session, candidate.call, candidate.grouping
     assert call is not None
     assert grouping is not None
-    lead = grouping.lead
 
     def real(tensor: Tensor) -> Tensor:
-        full = arrange(tensor, axes, grouping.map)
-        return full if full.shape[-1] == call.keys else full[..., lead : lead + call.keys]
+        return real_keys(arrange(tensor, axes, grouping.map), grouping, call.keys)
 
     if "pattern" in candidate.stages:
         pattern = real(result)
@@ -293,7 +293,8 @@ def value_product(tracker: Tracker, product: Product, which: int, node: Node, ru
     call.z = z
     if call.materialised is None and candidate.normaliser != "softmax" and (call.rewritten or "pattern" in session.reads(call.site)):
         weights = arrange(pattern, node.axes, (batch, head, query, key))  # what multiplies the values counts
-        call.materialised = weights / weights.sum(-1, keepdim=True) if unsummed and candidate.summed else weights
+        # Exponentials that are not divided yet are divided after the product, by their sum that may not have been taken yet.
+        call.materialised = weights / weights.sum(-1, keepdim=True) if unsummed else weights
     candidate.confirmed = True
     session.finish(call)
     session.release(candidate)
@@ -380,19 +381,6 @@ def mix_heads(tracker: Tracker, product: Product, which: int, result: Tensor) ->
         return product.rebuild(x, weight) if which == 0 else product.rebuild(weight, x)
 
     tracker.track(result, Node("scores", axes, node.product, node.path, again, (node,), operations=node.operations | {"mix_heads"}))
-
-
-def put_back(value: Tensor, like: Tensor, axes: Axes, groups: Sequence[Sequence[Atom]]) -> Tensor:
-    """A changed canonical operand in the model's own layout.
-
-    Raises:
-        EditError: the operand is shared by the whole batch and the edit treats its samples differently.
-    """
-    if value.numel() != like.numel() and value.shape[0] > 1:
-        if not bool((value == value[:1]).all()):
-            raise EditError("this operand is shared by the whole batch: an edit must change every sample alike")
-        value = value[:1]
-    return restore(value.to(like.dtype), like, axes, groups)
 
 
 def _clamps_at_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from headscope.probe.interception import axes as ax
 from headscope.probe.interception.axes import Axes
+from headscope.probe.interception.tape import TRANSPOSES
 
 RESHAPE = frozenset({"view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "_unsafe_view"})
 SWAP = frozenset({"transpose", "swapaxes", "swapdims", "transpose_"})
-SCRAMBLE = frozenset({"sort", "roll", "flip", "cumsum", "cumprod", "take_along_dim", "as_strided"})
+SCRAMBLE = frozenset({
+    "sort", "roll", "flip", "fliplr", "flipud", "rot90", "cumsum", "cumprod", "gather", "index_select", "take", "take_along_dim",
+    "as_strided",
+})  # fmt: skip
 
 
 def layout(
@@ -35,6 +39,8 @@ def layout(
         return ax.reshape(axes, output.shape)
     if name in SWAP:
         return ax.swap(axes, number(0, "dim0") % len(axes), number(1, "dim1") % len(axes)) if isinstance(number(0, "dim0"), int) else None
+    if name in TRANSPOSES:
+        return ax.swap(axes, -2, -1) if len(axes) == 2 or (len(axes) > 2 and name not in ("T", "H", "t")) else None
     if name in ("permute", "movedim", "moveaxis"):
         probe = torch.empty([1] * len(axes)).as_strided([1] * len(axes), list(range(len(axes))))
         moved = getattr(torch.Tensor, name)(probe, *rest, **kwargs)
@@ -52,12 +58,13 @@ def layout(
         return ax.index(axes, shape, rest[0])
     if name in ("narrow", "split", "chunk", "split_with_sizes", "tensor_split"):
         if name == "narrow":
-            dim, start = number(0, "dim") % len(axes), number(1, "start")
+            dim = number(0, "dim") % len(axes)
+            start = int(number(1, "start")) % max(1, shape[dim])
         else:
             dim = number(1, "dim", 0) % len(axes)
             if pick is None:
                 return None
-            start = _offset(args, kwargs, name, pick, shape[dim], output.shape[dim])
+            start = _offset(args, kwargs, name, pick, shape[dim])
         cut = ax.resized(axes[dim], output.shape[dim], -start)
         return None if cut is None else (*axes[:dim], cut, *axes[dim + 1 :])
     if name in ("cat", "concat", "concatenate"):
@@ -91,10 +98,16 @@ def layout(
     return None
 
 
-def _offset(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, pick: int, total: int, size: int) -> int:
-    sizes: Any = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size", kwargs.get("chunks")))
+def _offset(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, pick: int, total: int) -> int:
+    """Where the `pick`-th part of a split begins along an axis of `total` entries."""
+    keys = ("split_size_or_sections", "split_size", "split_sizes", "chunks", "tensor_indices_or_sections", "indices", "sections")
+    sizes: Any = args[1] if len(args) > 1 else next(kwargs[k] for k in keys if k in kwargs)
+    if isinstance(sizes, Tensor):
+        sizes = sizes.tolist()
+    if name == "tensor_split":  # takes places to cut at, or a number of parts of which the first are one longer
+        if isinstance(sizes, list | tuple):
+            return slice(sizes[pick - 1] if pick else 0, None).indices(total)[0]
+        return pick * (total // int(sizes)) + min(pick, total % int(sizes))
     if isinstance(sizes, list | tuple):
         return sum(int(n) for n in sizes[:pick])
-    if name == "chunk":
-        return pick * -(-total // int(sizes))
-    return pick * int(sizes) if name != "tensor_split" else total - size if pick else 0
+    return pick * (-(-total // int(sizes)) if name == "chunk" else int(sizes))

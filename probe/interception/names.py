@@ -27,8 +27,10 @@ class Replacement:
     ) -> None:
         self.find, self.wrap, self.prefix = find, wrap, prefix
         self.users = 0
-        self.undo: list[tuple[dict[str, Any], str, Any]] = []
         self.lock = threading.Lock()
+        self.searched: set[str] = set()  # modules looked through already: looking through thousands takes longer than a forward
+        self.places: list[tuple[dict[str, Any], str]] = []
+        self.undo: list[tuple[dict[str, Any], str, Any]] = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -53,12 +55,13 @@ class Replacement:
         original = vars(sys.modules[home[0]]).get(home[1])
         if original is None:
             return
+        for module_name in sys.modules.keys() - self.searched:
+            self.searched.add(module_name)
+            space = getattr(sys.modules.get(module_name), "__dict__", None)
+            if isinstance(space, dict) and module_name.startswith(self.prefix):
+                self.places.extend((space, name) for name, value in list(space.items()) if value is original)
         wrapper = self.wrap(original)
-        for module_name, module in list(sys.modules.items()):
-            space = getattr(module, "__dict__", None)
-            if not isinstance(space, dict) or not module_name.startswith(self.prefix):
-                continue
-            for name, value in list(space.items()):
-                if value is original:
-                    self.undo.append((space, name, value))
-                    space[name] = wrapper
+        for space, name in self.places:
+            if space.get(name) is original:
+                self.undo.append((space, name, original))
+                space[name] = wrapper

@@ -1,6 +1,6 @@
 """Every way to write a batched matrix product, read as one contraction.
 
-`matmul`, `@`, `bmm`, `mm`, `baddbmm` and two-operand `einsum` all become a `Product`: two operands whose dimensions carry
+`matmul`, `@`, `bmm`, `mm`, `baddbmm`, `linalg.matmul` and two-operand `einsum` all become a `Product`: two operands whose dimensions carry
 letters. Letters that both operands share and the result keeps are batch-like; letters of one operand alone are its own;
 letters that the result lacks are summed over.
 """
@@ -16,7 +16,7 @@ from torch import Size, Tensor
 
 OPERANDS = {
     "matmul": ("input", "other"), "__matmul__": ("self", "other"), "__rmatmul__": ("self", "other"), "bmm": ("input", "mat2"),
-    "mm": ("input", "mat2"), "baddbmm": ("input", "batch1", "batch2"),
+    "mm": ("input", "mat2"), "baddbmm": ("input", "batch1", "batch2"), "linalg_matmul": ("input", "other"),
 }  # fmt: skip
 NAMES = frozenset({*OPERANDS, "einsum"})
 
@@ -50,6 +50,11 @@ class Product:
             for c, n in zip(cs, t.shape, strict=True)
         }
         return Size(sizes.get(c, 1) for c in self.result_letters)
+
+    @property
+    def outer(self) -> bool:
+        """A matrix product of two lists, such as positions times frequencies: there are no dot products in it."""
+        return self.first_letters.endswith("Z") and self.first.shape[-1] == 1
 
     def owners(self, letter: str) -> str:
         """`0`, `1` or `01`: which operands carry this letter of the result."""
@@ -92,8 +97,6 @@ def read(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 
     if not isinstance(first, Tensor) or not isinstance(second, Tensor) or first.ndim < 2 or second.ndim < 2:
         return None
-    if first.shape[-1] == 1:  # an outer product of two lists (positions times frequencies): no dot products in it
-        return None
     a, b, out = _broadcast_letters(first.shape[:-2], second.shape[:-2])
     return Product(first, second, a + "YZ", b + "ZX", out + "YX", rebuild)
 
@@ -109,6 +112,7 @@ def _read_einsum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     a, comma, b = left.partition(",")
     if not comma:
         return None
+    names = ""
     if "..." in equation:
         widths = [x.ndim - len(t.replace("...", "")) for x, t in zip(operands, (a, b), strict=True)]
         free = [c for c in ascii_letters if c not in equation]
@@ -119,7 +123,7 @@ def _read_einsum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         out = out.replace("...", names)
     if not arrow:
         counts = {c: (a + b).count(c) for c in a + b}
-        out = "".join(sorted(c for c, n in counts.items() if n == 1))
+        out = names + "".join(sorted(c for c, n in counts.items() if n == 1 and c not in names))
     if len(set(a)) < len(a) or len(set(b)) < len(b) or len(a) != operands[0].ndim or len(b) != operands[1].ndim:
         return None
     listed = isinstance(args[1], list | tuple)

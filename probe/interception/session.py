@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -51,6 +51,10 @@ class Place:
     checkpointed: bool = False  # inside a checkpointed region that will be run again for the backward
     reentrant: bool = False
     recomputed: bool = False  # this is that second run
+
+    def without_frames(self) -> Place:
+        """The same place, to be held beyond the call: a frame holds every local of the model's code, maps and all."""
+        return replace(self, frame=None, forward=None)
 
 
 @dataclass(eq=False)
@@ -265,7 +269,8 @@ class Session:
     def release(self, candidate: Any) -> None:
         """Let go of what a completed call held: its map lives on only where a handler kept it."""
         self.pending.remove(candidate)
-        candidate.call.materialised = candidate.call.materialised_scores = candidate.call.replay = None
+        candidate.call.materialised = candidate.call.materialised_scores = None
+        candidate.call.replay = candidate.call.replay_pattern = None
 
     # -- never miss silently ---------------------------------------------------------------------------------------
 

@@ -17,6 +17,14 @@ from torch import Tensor
 from headscope.probe.interception.axes import Axes
 from headscope.probe.interception.products import Product
 
+INPLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__setitem__"})
+TRANSPOSES = frozenset({"mT", "mH", "T", "H", "t", "adjoint"})
+DROPOUT = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"})
+RANDOM = DROPOUT | {
+    "bernoulli", "bernoulli_", "rand_like", "randn_like", "normal_", "uniform_", "multinomial", "exponential_", "random_", "dropout_",
+    "gumbel_softmax", "rrelu",
+}  # fmt: skip
+
 
 @dataclass(eq=False)
 class Node:
@@ -72,6 +80,8 @@ def replay(node: Node, swap: list[tuple[Tensor, Tensor]]) -> Tensor:
     def make(item: Node) -> Any:
         if id(item) in made:
             return made[id(item)]
+        if item.func is untaped:
+            untaped()
         if item.func is None:
             if item.product is None:
                 raise ValueError("a tracked tensor without a way to make it again")
@@ -94,9 +104,58 @@ def replay(node: Node, swap: list[tuple[Tensor, Tensor]]) -> Tensor:
     return result
 
 
+def ancestors(node: Node) -> list[Node]:
+    """The node and all nodes that its tensor was made from."""
+    found: dict[int, Node] = {}
+    todo: list[Any] = [node]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, list | tuple):
+            todo.extend(item)
+        elif isinstance(item, Node) and id(item) not in found:
+            found[id(item)] = item
+            todo.extend((*item.args, *item.kwargs.values()))
+    return list(found.values())
+
+
+def repeatable(node: Node) -> bool:
+    """Whether running a node's calls again gives the same tensor: none was lost, none draws random numbers."""
+    return not node.operations & RANDOM and all(item.func is not untaped for item in ancestors(node))
+
+
+def borrowed(node: Node) -> list[Tensor]:
+    """Tensors that a node's calls take from elsewhere: masks, biases, operands of the products."""
+    found: dict[int, Tensor] = {}
+    for item in ancestors(node):
+        operands = () if item.product is None or item.func is not None else (item.product.first, item.product.second)
+        todo: list[Any] = [*item.args, *item.kwargs.values(), *operands]
+        while todo:
+            one = todo.pop()
+            if isinstance(one, list | tuple):
+                todo.extend(one)
+            elif isinstance(one, Tensor):
+                found[id(one)] = one
+    return list(found.values())
+
+
+def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a torch call writes into its first argument."""
+    named = name in INPLACE or (name.endswith("_") and not name.startswith("_"))
+    return named or bool(kwargs.get("inplace")) or (name in DROPOUT and len(args) > 3 and bool(args[3]))
+
+
+def idle_dropout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this is a dropout that drops nothing."""
+    return name in DROPOUT and not kwargs.get("training", args[2] if len(args) > 2 else True)
+
+
 def base_name(func: Any) -> str:
-    """`matmul` for torch.matmul, Tensor.matmul, torch.ops.aten.matmul and its overloads."""
-    return str(getattr(func, "__name__", "")).partition(".")[0]
+    """`matmul` for torch.matmul, Tensor.matmul, torch.ops.aten.matmul and its overloads; `mT` for reading that attribute."""
+    name = str(getattr(func, "__name__", "")).partition(".")[0]
+    if name == "__get__":
+        attribute = str(getattr(getattr(func, "__self__", None), "__name__", ""))
+        return attribute if attribute in TRANSPOSES else name
+    return name
 
 
 def untaped(*_: Any, **__: Any) -> Any:

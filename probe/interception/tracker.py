@@ -19,7 +19,7 @@ from headscope.probe.interception.candidate import Candidate, result_axes
 from headscope.probe.interception.layout import RESHAPE, SWAP, layout
 from headscope.probe.interception.products import Product
 from headscope.probe.interception.session import locate
-from headscope.probe.interception.tape import Node, base_name, untaped
+from headscope.probe.interception.tape import TRANSPOSES, Node, base_name, idle_dropout, untaped, writes
 
 if TYPE_CHECKING:
     from headscope.probe.interception.mode import Watch
@@ -31,13 +31,17 @@ PASS = frozenset({
     "__repr__", "__format__", "register_hook", "requires_grad_", "is_inference", "untyped_storage", "_is_view", "has_names", "is_pinned",
     "cpu", "numpy",
 })  # fmt: skip
-INPLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__setitem__"})
 CONTRACT = frozenset({
     "linear", "addmm", "conv1d", "conv2d", "conv3d", "bilinear", "embedding", "layer_norm", "rms_norm", "group_norm", "tensordot",
 })  # fmt: skip
 DIVIDE = frozenset({"div", "div_", "true_divide", "__truediv__", "__itruediv__", "divide"})
-MARKED = RESHAPE | SWAP | {"contiguous", "permute", "to", "float", "half", "bfloat16", "type_as", "mul", "__mul__", "clone", "movedim"}
-WEIGHT_VIEWS = frozenset({"__getitem__", "index_select", "to", "float", "t", "transpose", "permute", "view", "reshape"})
+MARKED = (
+    RESHAPE
+    | SWAP
+    | {"contiguous", "permute", "to", "float", "half", "bfloat16", "type_as", "mul", "__mul__", "clone", "movedim"}
+    | TRANSPOSES
+)
+WEIGHT_VIEWS = frozenset({"__getitem__", "index_select", "to", "float", "t", "transpose", "permute", "view", "reshape"}) | TRANSPOSES
 OPAQUE = ("attention", "attn", "mha_fwd", "mha_varlen", "encoder_layer_fwd", "native_multi_head")
 STAGE_ORDER = ("exp", "pattern", "scores", "z", "stat")
 
@@ -228,6 +232,8 @@ class Tracker:
                 if open_pattern and not weights[1 - which] and handwritten.contracts_keys(product, which, node):
                     return handwritten.value_product(self, product, which, node, lambda: func(*args, **kwargs))
         result = func(*args, **kwargs)
+        if product.outer:
+            return result
         if any(weights):
             if self.nodes and not all(weights):
                 handwritten.mix_heads(self, product, 0 if weights[1] else 1, result)
@@ -266,8 +272,10 @@ class Tracker:
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: list[tuple[Tensor, Node]]) -> Any:
         """Carry tracking across a call that is neither a product nor a normaliser."""
         name = base_name(func)
-        inplace = name in INPLACE or (name.endswith("_") and not name.startswith("_"))
+        inplace = writes(name, args, kwargs)
         target = self.node(args[0]) if inplace and args else None
+        if target is not None and target.candidate is not None:
+            target.candidate.secure()
         shapes = [t.shape for t, _ in tracked]
         keep = tuple(tracked)
         result = func(*args, **kwargs)
@@ -319,7 +327,7 @@ class Tracker:
                 continue
             stage = "stat" if reduced or lead == "stat" else "scores"
             taped = self._tape(args, target, inplace)
-            operations = frozenset().union(*(n.operations for _, n in keep)) | {name}
+            operations = frozenset().union(*(n.operations for _, n in keep)) | (frozenset() if idle_dropout(name, args, kwargs) else {name})
             again = func if taped is not None else untaped
             options = self._tape_kwargs(kwargs)
             self.track(
