@@ -17,7 +17,8 @@ from headscope.interventions.activation import Activation
 from headscope.interventions.edit import Edit, lower
 from headscope.kernels.errors import InputError
 
-MATERIALISED = ("scores", "pattern")
+MATERIALISED = frozenset({"scores", "pattern"})
+FLEX_MATERIALISED = MATERIALISED | {"bias"}  # flex_attention takes no mask tensor that a bias could join
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def measure_cost(
                 site.name,
                 site.mechanism,
                 tuple(sorted(found)),
-                site.mechanism != "dataflow" and any(stage in found for stage in MATERIALISED),
+                site.mechanism != "dataflow" and bool(found & (FLEX_MATERIALISED if site.mechanism == "flex" else MATERIALISED)),
             )
             for site, found in stages.items()
             if found

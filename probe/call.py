@@ -8,7 +8,6 @@ o [B, H, Q, E] (per head, after it; E is the width of the residual stream).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
@@ -91,10 +90,7 @@ class AttentionCall:
     rewritten: bool = False
     recomputed: bool = False  # a checkpoint's second forward: edits apply, captures do not count it
     z: Tensor | None = None
-    # Scores as the model's own code makes them from (q, k), [B, H, Q, K]; None where scale, mask and bias say it all.
-    replay: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
-    # The pattern as it follows from (q, k) by that code and its softmax, [B, H, Q, K].
-    replay_pattern: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
+    replay: Replay | None = field(default=None, repr=False)  # None where scale, mask and bias say it all
     # The normalised pattern where it was materialised anyway (by the model's code or for an edit).
     materialised: Tensor | None = field(default=None, repr=False)
     materialised_scores: Tensor | None = field(default=None, repr=False)
@@ -112,10 +108,35 @@ class AttentionCall:
         """How many query heads share one key/value head."""
         return self.q.shape[1] // self.k.shape[1]
 
+    def spent(self) -> AttentionCall:
+        """The finished call without its output and maps, to be held for as long as tensors that descend from it live."""
+        return replace(self, z=None, materialised=None, materialised_scores=None, replay=None)
+
     @property
     def told(self) -> bool:
         """Whether the pattern follows from q and k, with the call's other terms or by its replay; else it is materialised."""
-        return not self.rewritten and (self.site.mechanism == "sdpa" or self.replay_pattern is not None)
+        return not self.rewritten and (self.site.mechanism == "sdpa" if self.replay is None else self.replay.tells_pattern)
+
+
+class Replay(Protocol):
+    """The model's own way from queries and keys to scores and pattern, canonical ones, to be run again at any time."""
+
+    @property
+    def tells_pattern(self) -> bool:
+        """Whether the pattern follows from the scores by a softmax, so that `pattern` may be asked."""
+        ...
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """[B, H, Q, K], from q [B, H, Q, D] and k [B, G, K, D]."""
+        ...
+
+    def pattern(self, q: Tensor, k: Tensor) -> Tensor:
+        """[B, H, Q, K]."""
+        ...
+
+    def detached(self) -> Replay:
+        """The same, holding on to no autograd graph."""
+        ...
 
 
 class Handler(Protocol):

@@ -127,8 +127,8 @@ class Record:
         return torch.cat([self.store.read_slice(shard, key, (slice(None), slice(p, p + 1))) for p in places], dim=1)
 
     def operand(self, name: str, places: Sequence[int] | None = None) -> Tensor:
-        """Kept q or k of some kept heads. A replay runs on all heads at once, so they were kept whole for it."""
-        if self.replay is None or self.heads is None or name not in self.tensors:
+        """A kept tensor of some kept heads. A replay runs on all heads at once, so q and k were kept whole for it."""
+        if name not in ("q", "k") or self.replay is None or self.heads is None:
             return self.get(name, places)
         whole = self.tensors[name]
         group = self.site.query_heads // whole.shape[1]
@@ -167,7 +167,7 @@ class Record:
             pattern = self._replayed(self.replay_pattern, places)
             return pattern if rows is None else pattern[:, :, positions(rows, pattern.shape[2])]
         terms = self._terms(places)
-        return terms.pattern() if rows is None else terms.rows(rows)
+        return terms.pattern() if rows is None else terms.rows(positions(rows, terms.q.shape[2]))
 
     def statistics(self, places: list[int] | None, pooled: int | None) -> Statistics:
         """Statistics of some kept heads, as kept or computed now."""

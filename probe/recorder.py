@@ -122,8 +122,11 @@ class Recorder:
             record.tensors["queries"] = torch.tensor(call.queries)
             self._put(record, "rows", pattern[:, :, wanted] if pattern is not None else _need(terms).rows(wanted))
         if keep.wanted_statistics or keep.pooled:
-            if pattern is not None:
-                scores = None if call.materialised_scores is None else self._chosen(call.materialised_scores)
+            if terms is None and pattern is not None:
+                scores = call.materialised_scores
+                if scores is None and call.replay is not None and "lse" in keep.wanted_statistics:
+                    scores = call.replay(call.q, call.k)
+                scores = None if scores is None else self._chosen(scores)
                 found = kernels.statistics_of_pattern(pattern, want=keep.wanted_statistics, pooled=keep.pooled, scores=scores)
             else:
                 found = _need(terms).statistics(keep.wanted_statistics, keep.pooled)
@@ -141,7 +144,7 @@ class Recorder:
         cells = wide * call.queries * call.keys
         value_width = 0 if call.z is None else call.z.shape[-1]
         tiles = 0 if keep.pooled is None else -(-call.queries // keep.pooled) * -(-call.keys // keep.pooled)
-        lengths = [call.keys if n == "received" else call.queries * (2 if n == "argmax" else 1) for n in keep.wanted_statistics]
+        sizes = [(call.keys if n == "received" else call.queries) * (8 if n == "argmax" else exact) for n in keep.wanted_statistics]
         operands = wide * call.queries * call.q.shape[-1] + call.q.shape[0] * shared * call.keys * call.k.shape[-1]
         if call.replay is not None:  # runs on all heads
             operands = call.q.numel() + call.k.numel()
@@ -150,7 +153,7 @@ class Recorder:
             "scores": cells * size * keep.scores,
             "rows": wide * call.keys * len(keep.rows or ()) * size,
             "the pooled map": wide * tiles * exact,
-            "statistics": wide * sum(lengths) * exact,
+            "statistics": wide * sum(sizes),
             "q and k": operands * size * (keep.queries_and_keys and (call.told or bool(keep.qk))),
             "z": wide * call.queries * value_width * size * keep.z,
             "v": call.q.shape[0] * shared * call.keys * value_width * size * keep.v,

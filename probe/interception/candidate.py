@@ -56,6 +56,7 @@ class Candidate:
     complaint: str | None  # what to say if it never becomes an attention call; None: a weak sign, say nothing
     call: AttentionCall | None = None
     confirmed: bool = False
+    claimed: bool = False  # a softmax over two activations takes its ordinal at once, weaker signs when they are confirmed
     summed: bool = False  # the sum of the exponentials was taken: the pattern is their share of it
     stages: frozenset[str] = frozenset()
     product: Product | None = None

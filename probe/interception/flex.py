@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,12 +90,7 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     call = AttentionCall(site, session.next_step(name, place.recomputed), q, k, v, scale, recomputed=place.recomputed)
     score_mod, block_mask = bound.get("score_mod"), bound.get("block_mask")
 
-    def scores_of(new_q: Tensor, new_k: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunction():
-            return mod_scores(reference.scores(new_q, new_k, scale=scale), score_mod, block_mask)
-
-    call.replay = scores_of
-    call.replay_pattern = lambda new_q, new_k: reference.pattern(scores_of(new_q, new_k))
+    call.replay = replay = FlexReplay(scale, score_mod, block_mask)
     stages = session.stages(site)
     inner = stages & {"q", "k", "v", "bias", "scores", "pattern"}
     if not inner:
@@ -107,7 +103,7 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
         call.k = session.change(call, "k", k) if "k" in stages else k
         call.v = session.change(call, "v", v) if "v" in stages else v
         if stages & {"bias", "scores", "pattern"}:
-            scores = scores_of(call.q, call.k)
+            scores = replay.scores(call.q, call.k)
             if "bias" in stages:
                 scores = scores + session.change(call, "bias", torch.zeros((), dtype=scores.dtype, device=scores.device))
             if "scores" in stages:
@@ -137,12 +133,35 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
         "softmax",
         Grouping((atoms[0],), (atoms[1],), (atoms[2],), (), True),
         None,
-        call=call,
+        call=call.spent(),
         confirmed=True,
         stages=stages,
     )
     tracker.track(z, Node("z", tuple((a,) for a in atoms), candidate=candidate))
     return (z, *result[1:]) if isinstance(result, tuple) else z
+
+
+@dataclass(frozen=True, eq=False)
+class FlexReplay:
+    """Scores and pattern of a flex_attention call; see `headscope.probe.call.Replay`."""
+
+    scale: float
+    score_mod: Callable[..., Any] | None
+    block_mask: Any
+    tells_pattern = True
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """[B, H, Q, K]."""
+        with torch._C.DisableTorchFunction():
+            return mod_scores(reference.scores(q, k, scale=self.scale), self.score_mod, self.block_mask)
+
+    def pattern(self, q: Tensor, k: Tensor) -> Tensor:
+        """[B, H, Q, K]."""
+        return reference.pattern(self.scores(q, k))
+
+    def detached(self) -> FlexReplay:
+        """Itself: what a score_mod closes over is its own."""
+        return self
 
 
 def mod_scores(scores: Tensor, score_mod: Callable[..., Any] | None, block_mask: Any) -> Tensor:

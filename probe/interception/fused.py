@@ -58,7 +58,7 @@ class Fold:
         """Broadcastable to [B, H, Q, K]."""
         if len(self.shape) == 3 and mask.ndim == 3 and mask.shape[0] == self.shape[0]:
             return mask.reshape(self.batch, self.heads, *mask.shape[-2:])
-        if self.packed > 1 and mask.ndim == 4 and mask.shape[1] * self.packed == self.heads:
+        if self.packed > 1 and mask.ndim == 4 and mask.shape[2] == self.packed:
             return mask.reshape(mask.shape[0], self.heads, 1, mask.shape[-1])
         if mask.ndim > 4:
             lead = self.shape[:-3]
@@ -119,7 +119,11 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     """One fused call: shown to the handlers, edited, computed by the model's own kernel wherever that can express it."""
     bound = dict(zip(PARAMETERS, args, strict=False)) | kwargs
     place = locate(tracker.mode.sessions)
-    if place is None or not isinstance(bound.get("query"), Tensor) or bound["query"].is_nested:
+    if place is None or not isinstance(bound.get("query"), Tensor):
+        return func(*args, **kwargs)
+    if bound["query"].is_nested:
+        complaint = f"{place.path or 'the model'}: attention over nested tensors, whose rows differ in length: pad them and pass a mask"
+        place.session.pending.append(Candidate(place.session, place, place.path, "nested", None, complaint))
         return func(*args, **kwargs)
     query, key, value = bound["query"], bound["key"], bound["value"]
     session = place.session
@@ -166,7 +170,7 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     session.finish(call)
     result = guarded(result, session, place, name)
     z_axes, grouping = fold.axes(result.shape[-1])
-    candidate = Candidate(session, place, place.path, "softmax", grouping, None, call=call, confirmed=True, stages=stages)
+    candidate = Candidate(session, place, place.path, "softmax", grouping, None, call=call.spent(), confirmed=True, stages=stages)
     tracker.track(result, Node("z", z_axes, candidate=candidate))
     return result
 

@@ -47,6 +47,7 @@ WEAK = {
     "exp_": "exp-sum",
 }
 CLAMP = frozenset({"clamp", "clamp_", "clip", "clip_"})
+LOGARITHMIC = frozenset({"logsumexp", "log_softmax"})
 ADDITIVE = frozenset({"add", "__add__", "__iadd__", "add_", "masked_fill", "masked_fill_", "where", "baddbmm"})
 
 
@@ -54,6 +55,8 @@ def normalise(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...],
     """A normaliser over tracked scores: the beginning of an attention call, where its axes can be followed."""
     name = base_name(func)
     normaliser = "softmax" if name in SOFTMAX else WEAK.get(name, "relu")
+    if normaliser == "exp-sum" and node.operations & LOGARITHMIC:
+        normaliser = "softmax"  # exp(s - logsumexp(s)): normalised already
     if name in CLAMP and not _clamps_at_zero(args, kwargs):
         return tracker.follow(func, args, kwargs, tracker.tracked(args, kwargs))
     source: Tensor = args[0] if args else kwargs["input"]
@@ -70,9 +73,11 @@ def normalise(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...],
         fused_heads = tracker.fused_heads(node.product.first)
         heads = fused_heads or head_count(session.modules.get(path, place.module)) or head_count(place.module)
         grouping = group(node.product, axes, dim, heads, None if fused_heads else session.batch)
+    if grouping is not None and node.product.fixed == (1 if grouping.keys_second else 0):
+        return func(*args, **kwargs)  # over the rows of a parameter: a router or a classifier
     if axes is None or grouping is None:
         result = func(*args, **kwargs)
-        if normaliser == "softmax" or "logsumexp" in node.operations:
+        if normaliser == "softmax" and node.product.fixed is None:
             complaint = (
                 f"{path or 'the model'}: a {name} over a product of activations, whose axes could not be followed "
                 "(block-sparse or windowed attention that copies scores around is not supported)"
@@ -116,11 +121,12 @@ class _Beginning:
         session = place.session
         self.session, self.node, self.product, self.axes, self.grouping, self.place = session, node, product, axes, grouping, place
         complaint = None
-        if normaliser == "softmax":
+        if normaliser == "softmax" and product.fixed is None:
             complaint = f"{path or 'the model'}: a {name} over a product of activations that no value product followed"
         self.candidate = candidate = Candidate(session, place, path, normaliser, grouping, complaint, product=product)
         session.pending.append(candidate)
-        ordinal = session.claim(path) if normaliser == "softmax" else session.ordinals[path]
+        candidate.claimed = normaliser == "softmax" and product.fixed is None
+        ordinal = session.claim(path) if candidate.claimed else session.ordinals[path]
         query_operand, key_operand = (0, 1) if grouping.keys_second else (1, 0)
         q, q_axes, q_groups = canonical_operand(product, query_operand, grouping, grouping.query)
         k, k_axes, k_groups = canonical_operand(product, key_operand, grouping, grouping.key)
@@ -141,10 +147,7 @@ class _Beginning:
             )  # fmt: skip
         call = AttentionCall(site, session.steps[site_name] - (1 if place.recomputed else 0), q, self.k, None, recomputed=place.recomputed)
         if repeatable(node):
-            rerun = Rerun(site_name, node, axes, grouping, *self.operands, softmax)
-            call.replay = rerun.scores
-            # The weights of another normaliser may be changed before they multiply the values, so they are not told by the scores.
-            call.replay_pattern = rerun.pattern if normaliser == "softmax" else None
+            call.replay = Rerun(site_name, node, axes, grouping, *self.operands, softmax, normaliser == "softmax")
         else:
             call.rewritten = normaliser == "softmax"
         candidate.call, candidate.stages = call, session.stages(site)
@@ -214,7 +217,8 @@ def normalised(tracker: Tracker, result: Tensor, axes: Axes, candidate: Candidat
         call.materialised = real(result)
     if call.rewritten and candidate.complaint is None:
         candidate.complaint = (
-            f"{candidate.path}: an edit reached a {candidate.normaliser} over a product of activations that turned out not to be attention"
+            f"{candidate.path or 'the model'}: an edit reached a {candidate.normaliser} over a product of activations that turned out "
+            "not to be attention"
         )
     tracker.track(result, Node("pattern", axes, candidate=candidate))
     return result
@@ -306,8 +310,8 @@ def value_product(tracker: Tracker, product: Product, which: int, node: Node, ru
 def _settle_site(candidate: Candidate, call: AttentionCall, value_dim: int) -> AttentionSite:
     """The site's entry in the session, complete now that the values are known."""
     session, name = candidate.session, call.site.name
-    if candidate.normaliser != "softmax":
-        session.claim(candidate.path)  # a softmax claimed its ordinal when it began
+    if not candidate.claimed:
+        session.claim(candidate.path)
     return session.site(name, lambda: call.site.named(value_dim=value_dim))
 
 
@@ -355,32 +359,33 @@ def project(product: Product, which: int, node: Node, run: Callable[[], Tensor])
     return result if changed is o else result + restore((changed - o).sum(1).to(result.dtype), result, out_axes, out_groups)
 
 
-def mix_heads(tracker: Tracker, product: Product, which: int, result: Tensor) -> None:
-    """Scores or a pattern times a parameter over the head axis (talking heads) stay what they are; anything else ends the trail."""
+def mix_heads(tracker: Tracker, product: Product, which: int, result: Tensor) -> bool:
+    """Scores or a pattern times a parameter over the head axis (talking heads) stay what they are: whether this was that."""
     node = tracker.node(product.operand(which)[0])
     if node is None or node.axes is None or node.stage not in ("scores", "pattern"):
-        return
+        return False
     mine, other = product.operand(which)[1], product.operand(1 - which)[1]
     summed = [c for c in mine if c in other and c not in product.result_letters]
     new = [c for c in product.result_letters if c not in mine]
     origin = node.product if node.product is not None else node.candidate.product
     if len(summed) != 1 or len(new) != 1 or origin is None:
-        return
+        return False
     mixed = node.axes[mine.index(summed[0])]
     if any(origin.owners(str(a.key[0])) != "01" for a in mixed if a.size != 1):
-        return
+        return False
     if ax.size_of(mixed) != result.shape[product.result_letters.index(new[0])]:
-        return
+        return False
     axes = tuple(node.axes[mine.index(c)] if c in mine else mixed for c in product.result_letters)
     if node.stage == "pattern":
         tracker.track(result, Node("pattern", axes, candidate=node.candidate))
-        return
-    weight = product.operand(1 - which)[0]
+        return True
+    weight, rebuild = product.operand(1 - which)[0], product.rebuild  # the scores themselves must not be held
 
     def again(x: Tensor) -> Tensor:
-        return product.rebuild(x, weight) if which == 0 else product.rebuild(weight, x)
+        return rebuild(x, weight) if which == 0 else rebuild(weight, x)
 
     tracker.track(result, Node("scores", axes, node.product, node.path, again, (node,), operations=node.operations | {"mix_heads"}))
+    return True
 
 
 def _clamps_at_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -393,9 +398,9 @@ def _key_dim(
     product: Product, axes: Axes | None, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], normaliser: str
 ) -> int | None:
     """The dimension that holds the keys: the one normalised over, or for element-wise normalisers the second operand's own."""
-    if normaliser == "softmax":
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        return int(dim) % source.ndim if isinstance(dim, int) else None
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if normaliser == "softmax" and isinstance(dim, int):
+        return dim % source.ndim
     own = [i for i, d in enumerate(axes or ()) if any(product.owners(str(a.key[0])) == "1" for a in d)]
     return own[-1] if own else None
 

@@ -29,6 +29,7 @@ class Product:
         first, second: the operands.
         first_letters, second_letters, result_letters: one letter a dimension; `.` marks a broadcast dimension of size 1.
         rebuild: runs the same call on other operands.
+        fixed: the operand that is a parameter, if one is. Learned queries are; learned keys make no attention.
     """
 
     first: Tensor
@@ -37,6 +38,7 @@ class Product:
     second_letters: str
     result_letters: str
     rebuild: Callable[[Tensor, Tensor], Tensor]
+    fixed: int | None = None
 
     def operand(self, which: int) -> tuple[Tensor, str]:
         return (self.first, self.first_letters) if which == 0 else (self.second, self.second_letters)
@@ -89,10 +91,11 @@ def read(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     rest, options = args[len(names) :], {n: v for n, v in kwargs.items() if n not in names}
     swapped = name == "__rmatmul__"
     first, second = (given[n] for n in (reversed(names[-2:]) if swapped else names[-2:]))
+    before = [given[n] for n in names[:-2]]  # what a baddbmm adds; the operands themselves are not held
 
     def rebuild(a: Tensor, b: Tensor) -> Tensor:
         pair = (b, a) if swapped else (a, b)
-        result: Tensor = func(*(given[n] for n in names[:-2]), *pair, *rest, **options)
+        result: Tensor = func(*before, *pair, *rest, **options)
         return result
 
     if not isinstance(first, Tensor) or not isinstance(second, Tensor) or first.ndim < 2 or second.ndim < 2:

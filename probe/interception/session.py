@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from headscope.kernels.errors import NotIntercepted, ShapeError
 from headscope.probe.call import AttentionCall, AttentionSite, Handler
 
-WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_original_component)(?=\.|$)")
 PREFIXES = re.compile(r"^(module\.|base_model\.model\.)")
 CHECKPOINT = torch.utils.checkpoint.__file__
 
@@ -88,6 +88,7 @@ class Session:
         self.forwards = 0
         self.batch: int | None = None
         self.depth = 0
+        self.scripted = _scripted_attention(model, self.paths)
         self.tapped: set[tuple[str, str]] = set()  # (module, stage) hooked for edits before rotation
         self.hooked: set[str] = set()
         self.recomputed: set[str] = set()  # sites that a checkpoint has run again inside this session
@@ -107,6 +108,8 @@ class Session:
             stack.callback(before.remove)
             after = self.model.register_forward_hook(self._root_ends, always_call=True)
             stack.callback(after.remove)
+            for module in _outer_modules(self.model):
+                stack.callback(module.register_forward_pre_hook(self._check_thread, prepend=True).remove)
             stack.enter_context(flex.patched())
             stack.enter_context(graph.watched(self))
             stack.enter_context(watch(self))
@@ -147,10 +150,13 @@ class Session:
             "(DataParallel replicas cannot be watched: use one device, or DistributedDataParallel)"
         )
 
+    def _check_thread(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if threading.get_ident() != self.thread and (id(self.model), threading.get_ident()) not in _sessions and not _recomputing():
+            self._refuse_thread(module)
+
     def _root_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._check_thread(module, args)
         if threading.get_ident() != self.thread:
-            if (id(self.model), threading.get_ident()) not in _sessions and not _recomputing():
-                self._refuse_thread(module)
             return
         if self.depth == 0:
             self.pending.clear()
@@ -269,14 +275,17 @@ class Session:
     def release(self, candidate: Any) -> None:
         """Let go of what a completed call held: its map lives on only where a handler kept it."""
         self.pending.remove(candidate)
-        candidate.call.materialised = candidate.call.materialised_scores = None
-        candidate.call.replay = candidate.call.replay_pattern = None
+        call = candidate.call
+        candidate.call = call.spent()
+        call.materialised = call.materialised_scores = call.replay = None
 
     # -- never miss silently ---------------------------------------------------------------------------------------
 
     def settle(self) -> None:
         """At the end of a forward: every normalised product must have become an attention call."""
         lost = [p.complaint for p in self.pending if p.complaint is not None and not p.confirmed]
+        lost.extend(self.scripted)
+        self.scripted = []
         self.pending.clear()
         if not lost:
             return
@@ -300,6 +309,37 @@ class Session:
         if any(isinstance(m, torch.jit.ScriptModule) for m in self.model.modules()):
             advice = "it holds TorchScript modules, whose inside runs past Python: load the original nn.Module instead"
         raise NotIntercepted(f"{self.forwards} forward(s) of {name} showed 0 attention sites: {advice}")
+
+
+def _outer_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a forward calls first: children, their children, and the blocks in their lists. A thread starts at one of these."""
+    todo = [(child, 1) for child in model.children()]
+    while todo:
+        module, depth = todo.pop()
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            todo.extend((child, depth) for child in module.children())
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        yield module
+        if depth < 2:
+            todo.extend((child, depth + 1) for child in module.children())
+
+
+def _scripted_attention(model: nn.Module, paths: dict[int, str]) -> list[str]:
+    """A complaint for every TorchScript module inside the model that computes attention: it runs past Python."""
+    found: list[str] = []
+    for module in model.modules():
+        if module is model or not isinstance(module, torch.jit.ScriptModule) or not hasattr(module, "inlined_graph"):
+            continue
+        path = paths.get(id(module), "")
+        kinds = {node.kind() for node in module.inlined_graph.nodes()}
+        inside = any(path.startswith(f"{line.partition(':')[0]}.") for line in found)
+        if not inside and kinds & {"aten::softmax", "aten::scaled_dot_product_attention"}:
+            found.append(
+                f"{path}: a TorchScript module with a softmax or attention inside, which runs past Python: use the original nn.Module"
+            )
+    return found
 
 
 def _recomputing() -> bool:

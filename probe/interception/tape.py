@@ -9,7 +9,7 @@ later without keeping it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -116,6 +116,29 @@ def ancestors(node: Node) -> list[Node]:
             found[id(item)] = item
             todo.extend((*item.args, *item.kwargs.values()))
     return list(found.values())
+
+
+def detached(node: Node) -> Node:
+    """A copy of the tape whose tensors belong to no autograd graph."""
+    made: dict[int, Node] = {}
+
+    def copied(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item.detach()
+        if isinstance(item, list | tuple):
+            return type(item)(copied(x) for x in item)
+        if not isinstance(item, Node):
+            return item
+        if id(item) not in made:
+            product = item.product
+            if product is not None:
+                product = replace(product, first=product.first.detach(), second=product.second.detach())
+            options = {name: copied(x) for name, x in item.kwargs.items()}
+            made[id(item)] = replace(item, product=product, args=copied(item.args), kwargs=options)
+        return made[id(item)]
+
+    found: Node = copied(node)
+    return found
 
 
 def repeatable(node: Node) -> bool:

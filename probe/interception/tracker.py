@@ -139,7 +139,7 @@ class Tracker:
             if node is not None and node.stage == "scores":
                 return handwritten.normalise(self, func, args, kwargs, node)
         if kind == "contract":
-            return self.contract(func, args, kwargs, tracked)
+            return self.contract(func, args, kwargs)
         return self.follow(func, args, kwargs, tracked)
 
     def tracked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, Node]]:
@@ -232,42 +232,50 @@ class Tracker:
                 if open_pattern and not weights[1 - which] and handwritten.contracts_keys(product, which, node):
                     return handwritten.value_product(self, product, which, node, lambda: func(*args, **kwargs))
         result = func(*args, **kwargs)
-        if product.outer:
+        if product.outer or all(weights):
             return result
-        if any(weights):
-            if self.nodes and not all(weights):
-                handwritten.mix_heads(self, product, 0 if weights[1] else 1, result)
+        if any(weights) and handwritten.mix_heads(self, product, 0 if weights[1] else 1, result):
             return result
+        product.fixed = weights.index(True) if any(weights) else None
         place = locate(self.mode.sessions)
         if place is not None:
             self.track(result, Node("scores", result_axes(product, result.shape), product, place.path))
         return result
 
-    def contract(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: list[tuple[Tensor, Node]]) -> Any:
-        name = base_name(func)
-        spot = {"linear": 0, "addmm": 1}.get(name)
-        if spot is not None and len(args) > spot + 1:
-            node = self.node(args[spot])
-            if node is not None and node.stage == "z":
-                tensor, weight = args[spot], args[spot + 1]
-                letters = "".join(chr(ord("a") + i) for i in range(tensor.ndim - 1))
-                form = Product(
-                    tensor, weight, letters + "Z", "ZX", letters + "X", lambda x, _: func(*args[:spot], x, *args[spot + 1 :], **kwargs)
-                )
-                return handwritten.project(form, 0, node, lambda: func(*args, **kwargs))
+    def contract(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that sums over a parameter: the output projection of an attention, or a mixing of its heads, or the end of a trail."""
+        form = self._as_product(func, args, kwargs)
+        node = self.node(form.first) if form is not None else None
+        if form is not None and node is not None and node.stage == "z":
+            return handwritten.project(form, 0, node, lambda: func(*args, **kwargs))
         result = func(*args, **kwargs)
-        if spot == 0 and isinstance(args[0], Tensor) and args[0].ndim >= 3:
-            letters = "".join(chr(ord("a") + i) for i in range(args[0].ndim - 1))
-            handwritten.mix_heads(
-                self, Product(args[0], args[1], letters + "Z", "ZX", letters + "X", lambda x, _: func(x, *args[1:], **kwargs)), 0, result
-            )
-        elif (
-            name == "conv2d" and isinstance(args[0], Tensor) and args[0].ndim == 4 and args[1].shape[2:] == (1, 1)
-        ):  # over the head channels
-            handwritten.mix_heads(
-                self, Product(args[0], args[1], "bZyx", "XZ..", "bXyx", lambda x, _: func(x, *args[1:], **kwargs)), 0, result
-            )
+        if form is not None and node is not None:
+            handwritten.mix_heads(self, form, 0, result)
         return result
+
+    def _as_product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product | None:
+        """A linear map, or a 1 × 1 convolution over head channels, read as the product of its input and its weight."""
+        name = base_name(func)
+        names = {"linear": ("input", "weight"), "addmm": ("input", "mat1", "mat2"), "conv2d": ("input", "weight")}.get(name)
+        if names is None:
+            return None
+        given = dict(zip(names, args, strict=False)) | {n: v for n, v in kwargs.items() if n in names}
+        rest = {n: v for n, v in kwargs.items() if n not in names}
+        tensor, weight = given.get(names[-2]), given.get(names[-1])
+        if not isinstance(tensor, Tensor) or not isinstance(weight, Tensor):
+            return None
+
+        def rebuild(x: Tensor, _: Tensor) -> Tensor:
+            result: Tensor = func(*(x if n == names[-2] else given[n] for n in names), *args[len(names) :], **rest)
+            return result
+
+        if name == "conv2d":
+            small = tensor.ndim == 4 and tuple(weight.shape[2:]) == (1, 1)
+            return Product(tensor, weight, "bZyx", "XZ..", "bXyx", rebuild) if small else None
+        if tensor.ndim < 2 or tensor.ndim > 20:
+            return None
+        letters = "".join(chr(ord("a") + i) for i in range(tensor.ndim - 1))
+        return Product(tensor, weight, letters + "Z", "XZ" if name == "linear" else "ZX", letters + "X", rebuild)
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: list[tuple[Tensor, Node]]) -> Any:
         """Carry tracking across a call that is neither a product nor a normaliser."""
@@ -294,7 +302,7 @@ class Tracker:
             if not output.is_floating_point():
                 continue
             tensor, node, shape = next(((t, n, s) for t, n, s in chosen if n.axes is not None and s == output.shape), chosen[0])
-            reduced = name in REDUCE
+            reduced = name in REDUCE and not (len(args) > 1 and isinstance(args[1], Tensor))  # max(a, b) is element-wise
             axes = None if reduced or node.axes is None else layout(name, node.axes, shape, tensor, args, kwargs, output, pick)
             if (
                 lead == "exp"

@@ -389,3 +389,89 @@ def test_memory_and_tracking_end_with_the_scope() -> None:
 
     assert getattr(_local, "watch", None) is None
     assert not _sessions
+
+
+class LearnedQueries(nn.Module):
+    """A pooling by queries that are parameters, written with `@`; and a router over parameters beside it."""
+
+    def __init__(self, expanded: bool) -> None:
+        super().__init__()
+        self.queries, self.experts = nn.Parameter(torch.randn(3, WIDTH)), nn.Parameter(torch.randn(WIDTH, 2))
+        self.expanded = expanded
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries.expand(x.shape[0], 3, WIDTH) if self.expanded else self.queries
+        pooled = (queries @ x.transpose(1, 2)).softmax(-1) @ x
+        routed = (x @ self.experts).softmax(-1)  # no attention: its keys are a parameter
+        out: Tensor = pooled * (routed.transpose(1, 2) @ x).sum(1, keepdim=True)
+        return out
+
+
+@pytest.mark.parametrize("expanded", [True, False])
+def test_queries_that_are_parameters_are_caught_and_routers_are_not(expanded: bool) -> None:
+    torch.manual_seed(0)
+    model, x = LearnedQueries(expanded).double(), inputs()
+    with Probe(model).capture(Keep(pattern=True)) as seen:
+        plain = model(x)
+    assert [(s.query_heads, s.kind) for s in seen.sites] == [(1, "self")]
+    torch.testing.assert_close(seen.pattern(site=seen.sites[0].name)[:, 0], (model.queries @ x.mT).softmax(-1))
+    with Plan([Edit("pattern", call(lambda pattern, _: pattern * 0))]).on(model):
+        assert not model(x).any()
+    assert torch.equal(model(x), plain)
+
+
+def test_a_softmax_written_as_exp_of_a_log_softmax_is_normalised_already() -> None:
+    class Logarithmic(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            scores = x @ x.transpose(1, 2)
+            out: Tensor = (scores - scores.logsumexp(-1, keepdim=True)).exp() @ x
+            return out
+
+    model, x = Logarithmic(), inputs()
+    with Plan([Edit("pattern", call(lambda pattern, _: pattern * 1.0))]).on(model), Probe(model).capture(Keep(pattern=True)) as seen:
+        model(x)
+    torch.testing.assert_close(seen.pattern(site="*")[:, 0], (x @ x.mT).softmax(-1))
+
+
+def test_a_linear_map_called_by_keyword_is_still_the_output_projection() -> None:
+    class Keyword(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            z = F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+            return F.linear(input=z, weight=self.o_proj.weight)
+
+    assert Probe(Keyword(True).double()).sites(inputs())[0].output_projection == "o_proj"
+
+
+def test_a_submodule_run_by_a_thread_of_the_forward_itself_is_refused() -> None:
+    class Threaded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Attention(True), Attention(True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            caught: list[BaseException] = []
+
+            def run() -> None:
+                try:
+                    self.second(x)
+                except NotIntercepted as error:
+                    caught.append(error)
+
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+            if caught:
+                raise caught[0]
+            out: Tensor = self.first(x)
+            return out
+
+    with pytest.raises(NotIntercepted, match="another thread"):
+        Probe(Threaded().double()).sites(inputs())
+
+
+def test_a_scripted_module_with_attention_beside_a_caught_one_is_reported() -> None:
+    model, x = net().float(), inputs().float()
+    model.layers[1] = torch.jit.trace(model.layers[1], x)
+    with pytest.raises(NotIntercepted, match=r"layers\.1: a TorchScript module"):
+        Probe(model).sites(x)
+    assert [s.module for s in Probe(model, strict=False).sites(x)] == ["layers.0"]
