@@ -8,12 +8,16 @@ the map is held beside the map itself. Not differentiable in place: where gradie
 
 from __future__ import annotations
 
+import math
+from itertools import product
+
 import torch
 from torch import Tensor
 
-from headscope.kernels.reference import check_call, check_sink, finish_scores, repeat_heads
+from headscope.kernels.reference import check_call, check_sink, repeat_heads
 
 _CELLS = 1 << 18  # scores worked on at once on a CPU: about a mebibyte in float32
+_ROWS = 64  # queries of one panel: larger ones waste more of the causal triangle
 
 
 @torch.no_grad()
@@ -40,51 +44,47 @@ def pattern(
         ShapeError, InputError: as the reference.
     """
     check_call(q, k, bias=bias, mask=mask, softcap=softcap)
-    batch, heads, queries, width = q.shape
+    batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     check_sink(sink, heads, q.device)
-    # Merged [B·H, ·, ·], which matmul takes without a further copy.
-    columns = repeat_heads(k, heads).reshape(batch * heads, keys, width).transpose(1, 2)
-    rows = (q * scale).reshape(batch * heads, queries, width)
-    result = q.new_empty(batch, heads, queries, keys)
-    flat = result.view(batch * heads, queries, keys)
     on_cpu = q.device.type == "cpu"
-    panel = max(16, min(256, _CELLS // max(1, keys))) if on_cpu else max(1, queries)
-    plain = on_cpu and bias is None and mask is None and softcap is None and sink is None
-    for start in range(0, queries, panel):
-        stop = min(start + panel, queries)
-        seen = min(stop, keys) if is_causal else keys
-        positions = torch.arange(start, stop, device=q.device)
-        if plain:  # one head at a time: its panel is written where it belongs
-            hidden = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).triu(start + 1) if is_causal else None
-            for one in range(batch * heads):
-                scores = torch.mm(rows[one, start:stop], columns[one, :, :seen])
-                if hidden is not None:
-                    scores.masked_fill_(hidden, float("-inf"))
-                flat[one, start:stop, :seen] = scores.softmax(-1)
-        else:
-            scores = torch.bmm(rows[:, start:stop], columns[:, :, :seen]).view(batch, heads, stop - start, seen)
-            cut = [_cut(extra, start, stop, seen) for extra in (bias, mask)]
-            scores = finish_scores(scores, positions, bias=cut[0], mask=cut[1], is_causal=is_causal, softcap=softcap)
-            result[:, :, start:stop, :seen] = _softmax(scores, sink)
-        flat[:, start:stop, seen:] = 0
+    rows = max(1, min(queries, _ROWS) if on_cpu else queries)
+    together = max(1, min(heads, _CELLS // max(1, rows * keys))) if on_cpu else max(1, heads)
+    columns = repeat_heads(k, heads).transpose(2, 3)  # [B, H, D, K]
+    bias, mask = (None if x is None else x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) for x in (bias, mask))
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1) if is_causal else None
+    result = q.new_empty(batch, heads, queries, keys)
+    scratch = q.new_empty(together * rows * keys)
+    for sample, first in product(range(batch), range(0, heads, together)):
+        some = slice(first, first + together)
+        mine, theirs, out = q[sample, some], columns[sample, some], result[sample, some]
+        for start in range(0, queries, rows):
+            stop = min(start + rows, queries)
+            seen = min(stop, keys) if is_causal else keys
+            scores = scratch[: len(mine) * (stop - start) * seen].view(len(mine), stop - start, seen)
+            torch.baddbmm(scores, mine[:, start:stop], theirs[:, :, :seen], beta=0, alpha=scale, out=scores)
+            if softcap is not None:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            if bias is not None:
+                scores += _cut(bias, sample, some, start, stop, seen)
+            if mask is not None:
+                scores.masked_fill_(~_cut(mask, sample, some, start, stop, seen), -math.inf)
+            if future is not None and start < seen:  # what lies before the panel is visible to all of it
+                scores[..., start:].masked_fill_(future[: stop - start, : seen - start], -math.inf)
+            dead = None if bias is None and mask is None else torch.isneginf(scores.amax(-1, keepdim=True))
+            if sink is None:
+                weights = torch.softmax(scores, -1, out=scores)
+            else:
+                column = sink[some].to(scores.dtype).view(-1, 1, 1).expand(-1, stop - start, 1)
+                weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+            out[:, start:stop, :seen] = weights if dead is None else weights.masked_fill_(dead, 0.0)
+            out[:, start:stop, seen:] = 0
     return result
 
 
-def _cut(extra: Tensor | None, start: int, stop: int, seen: int) -> Tensor | None:
-    """Rows and keys of one panel of something that broadcasts to [B, H, Q, K]."""
-    if extra is None:
-        return None
-    extra = extra.reshape((1,) * (4 - extra.ndim) + tuple(extra.shape))
-    extra = extra if extra.shape[2] == 1 else extra[:, :, start:stop]
-    return extra if extra.shape[3] == 1 else extra[..., :seen]
-
-
-def _softmax(scores: Tensor, sink: Tensor | None) -> Tensor:
-    dead = torch.isneginf(scores.amax(dim=-1, keepdim=True))
-    if sink is None:
-        found = scores.softmax(-1)
-    else:
-        column = sink.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        found = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
-    return found.masked_fill_(dead, 0.0) if bool(dead.any()) else found
+def _cut(extra: Tensor, sample: int, heads: slice, start: int, stop: int, seen: int) -> Tensor:
+    """The part of a bias or mask, broadcastable to [B, H, Q, K], that one panel needs: broadcastable to [heads, P, K]."""
+    part = extra[sample if extra.shape[0] > 1 else 0]
+    part = part[heads] if part.shape[0] > 1 else part
+    part = part[:, start:stop] if part.shape[1] > 1 else part
+    return part[..., :seen] if part.shape[2] > 1 else part

@@ -164,5 +164,5 @@ class Handler(Protocol):
         ...
 
     def see(self, call: AttentionCall) -> None:
-        """The finished call, with `z` set."""
+        """The finished call, with `z` set. It is let go of afterwards: keep the tensors you want, not the call."""
         ...

@@ -15,7 +15,7 @@ from headscope.kernels import blockwise, reference
 from headscope.kernels import statistics as kernels
 from headscope.kernels.errors import SelectionError
 from headscope.kernels.statistics import Statistics
-from headscope.probe.call import AttentionCall, AttentionSite
+from headscope.probe.call import AttentionCall, AttentionSite, Replay
 from headscope.probe.store import Store
 
 STATISTIC = "statistics."  # prefix of a kept statistic's name
@@ -85,9 +85,9 @@ class Record:
         heads: the query heads kept; None for all.
         rows: the query positions whose pattern rows were kept.
         tile: side of the tiles of a kept pooled map.
-        told: scores and pattern follow from the q and k kept, with mask, bias and sink or by the replays; else they were kept or are lost.
+        told: scores and pattern follow from the q and k kept, with mask, bias and sink or by the replay; else they were kept or are lost.
         gradient: what is computed from what was kept belongs to the autograd graph.
-        replay, replay_pattern: scores and pattern from (q, k) as the model's own code makes them, where mask and bias do not tell.
+        replay: scores and pattern from (q, k) as the model's own code makes them, where mask and bias do not tell.
     """
 
     site: AttentionSite
@@ -101,8 +101,7 @@ class Record:
     tile: int | None = None
     told: bool = True
     gradient: bool = False
-    replay: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
-    replay_pattern: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
+    replay: Replay | None = field(default=None, repr=False)
     store: Store | None = field(default=None, repr=False)
     shard: str = ""
     aliases: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False)
@@ -163,8 +162,8 @@ class Record:
             return pattern if rows is None else pattern[:, :, positions(rows, pattern.shape[2])]
         if not self.has("q"):
             return self._kept_rows(places, rows)
-        if self.replay_pattern is not None:
-            pattern = self._replayed(self.replay_pattern, places)
+        if self.replay is not None:
+            pattern = self._replayed(self.replay.pattern, places)
             return pattern if rows is None else pattern[:, :, positions(rows, pattern.shape[2])]
         terms = self._terms(places)
         return terms.pattern() if rows is None else terms.rows(positions(rows, terms.q.shape[2]))
@@ -191,9 +190,9 @@ class Record:
         if self.has("pattern"):
             scores = self.get("scores", places) if self.has("scores") else None
             return kernels.statistics_of_pattern(self.get("pattern", places), want, tile, scores)
-        if self.replay is not None and self.replay_pattern is not None:
-            pattern = self._replayed(self.replay_pattern, places)
-            return kernels.statistics_of_pattern(pattern, want, tile, self._replayed(self.replay, places) if "lse" in want else None)
+        if self.replay is not None:
+            scores = self._replayed(self.replay.scores, places) if "lse" in want else None
+            return kernels.statistics_of_pattern(self._replayed(self.replay.pattern, places), want, tile, scores)
         return self._terms(places).statistics(want, tile)
 
     def scores(self, places: list[int] | None) -> Tensor:
@@ -203,7 +202,7 @@ class Record:
         if not self.has("q"):
             raise SelectionError(f"of {self.site.name} only {spoken(self.names())} was kept: capture with Keep() or Keep(scores=True)")
         if self.replay is not None:
-            return self._replayed(self.replay, places)
+            return self._replayed(self.replay.scores, places)
         if not self.told:
             raise SelectionError(
                 f"the scores of {self.site.name} do not follow from q and k alone (an edit or the model's own code made them): "

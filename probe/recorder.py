@@ -90,7 +90,8 @@ class Recorder:
             assert call.materialised is not None
             self._put(record, "pattern", self._chosen(call.materialised))
         if keep.queries_and_keys and (call.told or keep.qk):
-            record.replay, record.replay_pattern = (call.replay, call.replay_pattern) if call.told else (None, None)
+            if call.told and call.replay is not None:
+                record.replay = call.replay if keep.gradient else call.replay.detached()
             whole = record.replay is not None  # a replay runs on all heads at once
             self._put(record, "q", call.q if whole else self._chosen(call.q))
             self._put(record, "k", call.k if whole else self._shared(call.k, call))
@@ -107,8 +108,8 @@ class Recorder:
     def _keep_pattern(self, call: AttentionCall, record: Record) -> None:
         keep = self.keep
         pattern = call.materialised
-        if pattern is None and call.replay_pattern is not None:
-            pattern = call.replay_pattern(call.q, call.k)
+        if pattern is None and call.replay is not None:
+            pattern = call.replay.pattern(call.q, call.k)
         if pattern is not None:
             pattern = self._chosen(pattern)
         terms = Terms.of(call, self.heads) if pattern is None else None
@@ -125,7 +126,7 @@ class Recorder:
             if terms is None and pattern is not None:
                 scores = call.materialised_scores
                 if scores is None and call.replay is not None and "lse" in keep.wanted_statistics:
-                    scores = call.replay(call.q, call.k)
+                    scores = call.replay.scores(call.q, call.k)
                 scores = None if scores is None else self._chosen(scores)
                 found = kernels.statistics_of_pattern(pattern, want=keep.wanted_statistics, pooled=keep.pooled, scores=scores)
             else:
@@ -178,7 +179,7 @@ def _scores(call: AttentionCall) -> Tensor:
     if call.materialised_scores is not None:
         return call.materialised_scores
     if call.replay is not None:
-        return call.replay(call.q, call.k)
+        return call.replay.scores(call.q, call.k)
     if not call.told:
         raise SelectionError(f"{call.site.name} ({call.site.mechanism}) has no scores to keep: keep its pattern, or name other sites")
     return Terms.of(call).scores()

@@ -38,6 +38,8 @@ def size_of(atoms: Sequence[Atom]) -> int:
 
 def reshape(axes: Axes, shape: Sequence[int]) -> Axes | None:
     """Axes after a reshape to `shape`; None where it mixes atoms that cannot be told apart."""
+    if 0 in shape:  # nothing tells which axes were merged into an empty one
+        return axes if [size_of(dim) for dim in axes] == list(shape) else None
     pending = [atom for dim in axes for atom in dim]
     result: list[tuple[Atom, ...]] = []
     for size in shape:

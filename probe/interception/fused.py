@@ -169,7 +169,9 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     call.z = z
     session.finish(call)
     result = guarded(result, session, place, name)
-    z_axes, grouping = fold.axes(result.shape[-1])
+    if site.output_projection is not None and "o" not in stages:
+        return result
+    z_axes, grouping = fold.axes(result.shape[-1])  # on to W_O: to learn which it is, or to edit what it writes
     candidate = Candidate(session, place, place.path, "softmax", grouping, None, call=call.spent(), confirmed=True, stages=stages)
     tracker.track(result, Node("z", z_axes, candidate=candidate))
     return result

@@ -28,6 +28,7 @@ class Replacement:
         self.find, self.wrap, self.prefix = find, wrap, prefix
         self.users = 0
         self.lock = threading.Lock()
+        self.counted = 0
         self.searched: set[str] = set()  # modules looked through already: looking through thousands takes longer than a forward
         self.places: list[tuple[dict[str, Any], str]] = []
         self.undo: list[tuple[dict[str, Any], str, Any]] = []
@@ -55,11 +56,16 @@ class Replacement:
         original = vars(sys.modules[home[0]]).get(home[1])
         if original is None:
             return
-        for module_name in sys.modules.keys() - self.searched:
-            self.searched.add(module_name)
+        if len(sys.modules) != self.counted:
+            self.counted = len(sys.modules)
+            self.searched.update(new := sys.modules.keys() - self.searched)
+        else:
+            new = set()
+        for module_name in new | {"__main__"}:  # a notebook binds names at any time
             space = getattr(sys.modules.get(module_name), "__dict__", None)
-            if isinstance(space, dict) and module_name.startswith(self.prefix):
-                self.places.extend((space, name) for name, value in list(space.items()) if value is original)
+            if isinstance(space, dict) and (module_name == "__main__" or module_name.startswith(self.prefix)):
+                found = [(space, name) for name, value in list(space.items()) if value is original]
+                self.places.extend(place for place in found if not any(place[0] is s and place[1] == n for s, n in self.places))
         wrapper = self.wrap(original)
         for space, name in self.places:
             if space.get(name) is original:

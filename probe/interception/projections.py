@@ -28,6 +28,7 @@ KEY = (
     ("k_proj", "to_k", "key", "wk", "k_lin", "key_proj", "k", "linear_k", "W_k"),
 )
 ADDED = {"q.pre": ("norm_added_q", "add_q_proj"), "k.pre": ("norm_added_k", "add_k_proj")}
+TAPPED = frozenset(name for group in (*QUERY, *KEY, *ADDED.values()) for name in group)
 KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "num_key_value_groups_heads")
 
 
@@ -63,6 +64,8 @@ def _heads_by_width(module: nn.Module) -> int:
 def install(session: Session, handler: Handler, undo: list[Callable[[], None]]) -> None:
     """Hook the taps of every module at which the handler changes `q.pre` or `k.pre`; `undo` gets what removes the hooks."""
     for path, module in session.modules.items():
+        if TAPPED.isdisjoint(module._modules):  # asking a module for what it lacks raises each time, and there are many modules
+            continue
         available = {stage: taps(module, stage) for stage in ("q.pre", "k.pre")}
         if not all(available.values()):
             continue

@@ -6,14 +6,15 @@ Captures hold on to it, so it holds no frame, no module and no map: only the tap
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from headscope.kernels.errors import EditError, SelectionError
 from headscope.probe.interception.axes import Axes, arrange, restore
 from headscope.probe.interception.candidate import Grouping, Groups
-from headscope.probe.interception.tape import Node, borrowed, replay
+from headscope.probe.interception.tape import Node, borrowed, detached, replay
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +40,15 @@ class Operand:
 
 @dataclass(frozen=True, eq=False)
 class Rerun:
-    """See the module docstring.
+    """See the module docstring, and `headscope.probe.call.Replay`.
 
     Attributes:
         site: name of the site, for messages.
         node: the scores at the normaliser.
         axes, grouping: of them.
         q, k: the operands.
-        softmax: the model's own call of it, on scores in the model's own layout.
+        normalise: the model's own call of it, on scores in the model's own layout.
+        tells_pattern: it is a softmax. The weights of another normaliser may be changed before they multiply the values.
         lent: tensors that the tape takes from the model, such as a mask, and how often each had been written into.
     """
 
@@ -56,12 +58,14 @@ class Rerun:
     grouping: Grouping
     q: Operand
     k: Operand
-    softmax: Callable[[Tensor], Tensor]
+    normalise: Callable[[Tensor], Tensor]
+    tells_pattern: bool
     lent: list[tuple[Tensor, int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        own = (self.q.tensor, self.k.tensor)
-        found = [t for t in borrowed(self.node) if not t.is_inference() and not any(t is x for x in own)]
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(self.q.tensor)  # vmap and jacrev: no memory of its own, and no capture
+        own = set() if wrapped else {x.tensor.data_ptr() for x in (self.q, self.k)}
+        found = [] if wrapped else [t for t in borrowed(self.node) if not t.is_inference() and t.data_ptr() not in own]
         object.__setattr__(self, "lent", [(t, t._version) for t in found])
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
@@ -70,7 +74,12 @@ class Rerun:
 
     def pattern(self, q: Tensor, k: Tensor) -> Tensor:
         """The canonical pattern [B, H, Q, K] of these queries and keys, sink columns left out."""
-        return self._real(self.softmax(self._own_scores(q, k)), k.shape[2])
+        return self._real(self.normalise(self._own_scores(q, k)), k.shape[2])
+
+    def detached(self) -> Rerun:
+        """The same, holding on to no autograd graph."""
+        q, k = (replace(x, tensor=x.tensor.detach()) for x in (self.q, self.k))
+        return replace(self, node=detached(self.node), q=q, k=k)
 
     def _own_scores(self, q: Tensor, k: Tensor) -> Tensor:
         if any(tensor._version != version for tensor, version in self.lent):

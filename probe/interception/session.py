@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -79,7 +80,6 @@ class Session:
         for path, module in model.named_modules():
             self.paths.setdefault(id(module), clean_path(path))
             self.modules.setdefault(clean_path(path), module)
-        self.parameters = {id(p): clean_path(name) for name, p in model.named_parameters()}
         self.entries: list[Entry] = []
         self.sites: dict[str, AttentionSite] = {}
         self.steps: Counter[str] = Counter()
@@ -95,6 +95,11 @@ class Session:
         self.watch: Any = None  # the thread's function mode, set by `dataflow.watch`
         self.pending: list[Any] = []  # candidates of the running forward: normalised, not yet multiplied with a value
         self._stack = ExitStack()
+
+    @cached_property
+    def parameters(self) -> dict[int, str]:
+        """Names of the parameters by identity; made when an output projection is first met."""
+        return {id(p): clean_path(name) for name, p in self.model.named_parameters()}
 
     # -- entering and leaving --------------------------------------------------------------------------------------
 

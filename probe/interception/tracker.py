@@ -43,7 +43,10 @@ MARKED = (
 )
 WEIGHT_VIEWS = frozenset({"__getitem__", "index_select", "to", "float", "t", "transpose", "permute", "view", "reshape"}) | TRANSPOSES
 OPAQUE = ("attention", "attn", "mha_fwd", "mha_varlen", "encoder_layer_fwd", "native_multi_head")
+NOTED = MARKED | WEIGHT_VIEWS | {"expand", "repeat_interleave"}
 STAGE_ORDER = ("exp", "pattern", "scores", "z", "stat")
+
+_kinds: dict[Any, tuple[str, str]] = {}  # torch function -> what it is, its plain name
 
 
 class Tracker:
@@ -61,7 +64,6 @@ class Tracker:
         self.nodes: dict[int, tuple[weakref.ref[Tensor], Node]] = {}
         self.marks: dict[int, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
         self.weights: dict[int, weakref.ref[Tensor]] = {}
-        self.kinds: dict[Any, str] = {}
 
     def node(self, tensor: Any) -> Node | None:
         hit = self.nodes.get(id(tensor))
@@ -92,32 +94,11 @@ class Tracker:
         hit = self.weights.get(id(tensor))
         return hit is not None and hit() is tensor
 
-    def classify(self, func: Any) -> str:
-        name = base_name(func)
-        if name in PASS:
-            return "pass"
-        if name in products.NAMES:
-            return "product"
-        if name in handwritten.SOFTMAX:
-            return "softmax"
-        if name in handwritten.WEAK or name in handwritten.CLAMP:
-            return "weak"
-        if name == "scaled_dot_product_attention":
-            return "sdpa"
-        if name == "multi_head_attention_forward":
-            return "composite"
-        if func in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
-            return "composite"  # a checkpoint's second forward happens in there
-        if name in CONTRACT:
-            return "contract"
-        if any(word in name.lower() for word in OPAQUE):
-            return "opaque"
-        return "other"
-
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kind = self.kinds.get(func)
-        if kind is None:
-            kind = self.kinds[func] = self.classify(func)
+        known = _kinds.get(func)
+        if known is None:
+            known = _kinds[func] = (classify(func), base_name(func))
+        kind, name = known
         if kind == "pass":
             return func(*args, **kwargs)
         if kind == "product":
@@ -131,7 +112,8 @@ class Tracker:
         tracked = self.tracked(args, kwargs) if self.nodes else []
         if not tracked:
             result = func(*args, **kwargs)
-            self.note_origin(base_name(func), args, result)
+            if name in NOTED:
+                self.note_origin(name, args, result)
             return result
         if kind == "softmax" or kind == "weak":
             source = args[0] if args else kwargs.get("input")
@@ -143,13 +125,12 @@ class Tracker:
         return self.follow(func, args, kwargs, tracked)
 
     def tracked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, Node]]:
-        found = []
+        found: list[tuple[Any, Node]] = []
         for item in (*args, *kwargs.values()) if kwargs else args:
             for one in item if isinstance(item, list | tuple) else (item,):
-                if isinstance(one, Tensor):
-                    node = self.node(one)
-                    if node is not None:
-                        found.append((one, node))
+                hit = self.nodes.get(id(one))
+                if hit is not None and hit[0]() is one:
+                    found.append((one, hit[1]))
         return found
 
     def reenter(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -265,8 +246,10 @@ class Tracker:
         if not isinstance(tensor, Tensor) or not isinstance(weight, Tensor):
             return None
 
+        others, extra = {n: v for n, v in given.items() if n != names[-2]}, args[len(names) :]  # without the input, which must not be held
+
         def rebuild(x: Tensor, _: Tensor) -> Tensor:
-            result: Tensor = func(*(x if n == names[-2] else given[n] for n in names), *args[len(names) :], **rest)
+            result: Tensor = func(*(x if n == names[-2] else others[n] for n in names), *extra, **rest)
             return result
 
         if name == "conv2d":
@@ -362,6 +345,30 @@ class Tracker:
 
     def _tape_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {k: (self.node(v) or v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+
+
+def classify(func: Any) -> str:
+    """What a torch function is to the tracker."""
+    name = base_name(func)
+    if name in PASS:
+        return "pass"
+    if name in products.NAMES:
+        return "product"
+    if name in handwritten.SOFTMAX:
+        return "softmax"
+    if name in handwritten.WEAK or name in handwritten.CLAMP:
+        return "weak"
+    if name == "scaled_dot_product_attention":
+        return "sdpa"
+    if name == "multi_head_attention_forward":
+        return "composite"
+    if func in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
+        return "composite"  # a checkpoint's second forward happens in there
+    if name in CONTRACT:
+        return "contract"
+    if any(word in name.lower() for word in OPAQUE):
+        return "opaque"
+    return "other"
 
 
 def _merged(source: Tensor, result: Tensor, dim: int, n: int) -> bool:

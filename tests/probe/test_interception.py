@@ -380,6 +380,18 @@ def test_edits_before_rotation_need_a_projection_of_their_own() -> None:
         model(inputs())
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_nothing_of_a_call_is_held_after_its_forward(fused: bool) -> None:
+    model, x = net(fused), inputs()
+    with torch.no_grad(), Probe(model).capture(Keep(qk=False)):
+        model(x)
+        from headscope.probe.interception.mode import current_tracker
+
+        tracker = current_tracker()
+        assert tracker is not None
+        assert not tracker.nodes, "tracked tensors outlive the forward: every step would add to memory"
+
+
 def test_memory_and_tracking_end_with_the_scope() -> None:
     model, x = net(False), inputs()
     with Probe(model).capture(Keep(qk=False)):
