@@ -13,7 +13,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help app test venv zoo lint format types fast slow coverage-table census bench train clean
+.PHONY: help app test venv zoo lint format types fast slow coverage-table census bench reference pictures train clean
 
 help:
 	@echo "make app             open the workbench on the embedded language model"
@@ -24,6 +24,8 @@ help:
 	@echo "make coverage-table  measure the interception on every model of the zoo, write docs/coverage.md"
 	@echo "make census          sweep every model type of transformers and diffusers (long)"
 	@echo "make bench           measure the overheads, next to other tools"
+	@echo "make reference       write docs/reference.md from the docstrings"
+	@echo "make pictures        write docs/images with Chromium"
 	@echo "make train           train the embedded models again (TEXT=\"files\" for the language model)"
 	@echo "make clean           remove the environment and what was built"
 
@@ -60,6 +62,12 @@ census: zoo
 
 bench: zoo
 	$(RUN) -m bench
+
+reference: $(VENV)/.dev
+	$(RUN) docs/make_reference.py
+
+pictures: $(VENV)/.dev
+	$(RUN) docs/screenshots.py
 
 train: $(VENV)/.dev
 	$(INSTALL) -e ".[train]"

@@ -29,7 +29,7 @@ OPTIONAL = (  # distribution, module, what it enables
     ("pandas", "pandas", "tables: to_frame()"),
     ("playwright", "playwright", "browser tests"),
 )
-KERNELS = (("reference", "dense, readable"), ("statistics", "row statistics in O(N) memory"))
+KERNELS = (("reference", "dense, readable"), ("blockwise", "patterns by query panels"), ("statistics", "row statistics in O(N) memory"))
 
 
 @dataclass(frozen=True)
