@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from headscope.probe.call import AttentionCall, AttentionSite
 from headscope.probe.interception.axes import Atom, Axes, arrange, refine
+from headscope.probe.interception.place import Place
 from headscope.probe.interception.products import Product
-from headscope.probe.interception.session import Place, Session
+from headscope.probe.interception.session import Session
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "num_head", "nheads", "n_local_heads")
 

@@ -22,8 +22,9 @@ from headscope.probe.call import AttentionCall
 from headscope.probe.interception.axes import Atom
 from headscope.probe.interception.candidate import Candidate, Grouping, describe
 from headscope.probe.interception.guard import guarded, refuse_reentrant
+from headscope.probe.interception.mode import current_tracker
 from headscope.probe.interception.names import Replacement
-from headscope.probe.interception.session import locate
+from headscope.probe.interception.place import locate
 from headscope.probe.interception.tape import Node
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ INTEGRATION = "transformers.integrations.flex_attention"
 
 def _wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
     def flex_attention(*args: Any, **kwargs: Any) -> Any:
-        from headscope.probe.interception.mode import current_tracker
-
         tracker = current_tracker()
         return original(*args, **kwargs) if tracker is None else run(tracker, original, args, kwargs)
 

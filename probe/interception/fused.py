@@ -19,7 +19,8 @@ from headscope.probe.call import AttentionCall
 from headscope.probe.interception.axes import Atom, Axes
 from headscope.probe.interception.candidate import Candidate, Grouping, describe, expand_batch, head_count
 from headscope.probe.interception.guard import guarded, refuse_reentrant
-from headscope.probe.interception.session import Place, Session, locate
+from headscope.probe.interception.place import Place, locate
+from headscope.probe.interception.session import Session
 from headscope.probe.interception.tape import Node
 
 if TYPE_CHECKING:

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from headscope.kernels.errors import EditError
 from headscope.probe.call import AttentionCall, AttentionSite
 from headscope.probe.interception.candidate import Candidate, layer_of
+from headscope.probe.interception.mode import current_tracker
 from headscope.probe.interception.names import Replacement
-from headscope.probe.interception.session import Session, locate
+from headscope.probe.interception.place import locate
+from headscope.probe.interception.session import Session
 
 LIBRARY = "torch_geometric"
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     def softmax(src: Tensor, index: Tensor | None = None, ptr: Tensor | None = None, num_nodes: int | None = None, dim: int = 0) -> Tensor:
-        from headscope.probe.interception.mode import current_tracker
-
         tracker = current_tracker()
         place = locate(tracker.mode.sessions) if tracker is not None else None
         edges = _edges() if place is not None else None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from headscope.kernels.errors import EditError, NotIntercepted
-from headscope.probe.interception.session import Place, Session
+from headscope.probe.interception.place import Place
+from headscope.probe.interception.session import Session
 
 
 class RecomputeGuard(torch.autograd.Function):

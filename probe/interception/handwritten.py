@@ -28,9 +28,9 @@ from headscope.probe.interception.candidate import (
     result_axes,
 )
 from headscope.probe.interception.guard import guarded, refuse_reentrant
+from headscope.probe.interception.place import Place, locate
 from headscope.probe.interception.products import Product
 from headscope.probe.interception.rerun import Operand, Rerun, put_back, real_keys
-from headscope.probe.interception.session import Place, locate
 from headscope.probe.interception.tape import Node, base_name, repeatable, replay
 
 if TYPE_CHECKING:

@@ -31,6 +31,15 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         return self.tracker.dispatch(func, args, kwargs or {})
 
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Run another thread's torch calls under this mode, while the mode's own thread waits for it."""
+        _push(self)
+        try:
+            yield
+        finally:
+            _remove(self)
+
 
 def current_tracker() -> Tracker | None:
     """The tracker of this thread, while it watches anything."""
@@ -54,16 +63,6 @@ def watch(session: Session) -> Iterator[None]:
         if not current.sessions:
             _remove(current)
             _local.watch = None
-
-
-@contextmanager
-def lend(session: Session) -> Iterator[None]:
-    """Run this thread's torch calls under the mode of the session's own thread, which waits for it."""
-    _push(session.watch)
-    try:
-        yield
-    finally:
-        _remove(session.watch)
 
 
 def _push(mode: TorchFunctionMode) -> None:

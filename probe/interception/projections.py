@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from headscope.kernels.errors import EditError, ShapeError
+from headscope.kernels.errors import ShapeError
 from headscope.probe.call import AttentionCall, AttentionSite, Handler
 from headscope.probe.interception.candidate import head_count, layer_of
-from headscope.probe.interception.session import Session, _recomputing
+from headscope.probe.interception.place import recomputing
+from headscope.probe.interception.session import Session
 
 # In order of preference: a norm stands after its projection. The second name of a pair belongs to the text stream of joint blocks.
 QUERY = (
@@ -77,28 +78,11 @@ def install(session: Session, handler: Handler, undo: list[Callable[[], None]]) 
                 undo.extend(place.register_forward_hook(_hook(session, handler, site, stage)).remove for place in places)
 
 
-def check(session: Session, site: AttentionSite, stages: frozenset[str]) -> None:
-    """Refuse an edit before rotation at a site that has no place for it.
-
-    Raises:
-        EditError: q and k come out of one fused projection, or under a name that is not known.
-    """
-    for stage in sorted(stages & {"q.pre", "k.pre"}):
-        if (site.module, stage) not in session.tapped:
-            children = (
-                ", ".join(name for name, _ in session.modules[site.module].named_children()) if site.module in session.modules else ""
-            )
-            raise EditError(
-                f"{site.name} has no {'query' if stage[0] == 'q' else 'key'} projection of its own (its modules: {children or 'none'}): "
-                f"{stage} cannot be edited there; edit {stage[0]!r} (after rotation) instead"
-            )
-
-
 def _hook(session: Session, handler: Handler, site: AttentionSite, stage: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
     heads_last: list[bool] = []
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
-        if threading.get_ident() != session.thread and not _recomputing():
+        if threading.get_ident() != session.thread and not recomputing():
             return None
         known = session.sites.get(site.name, site)
         count = known.query_heads if stage == "q.pre" else known.kv_heads

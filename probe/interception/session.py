@@ -8,54 +8,23 @@ begins, and they go when the last handler leaves.
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property
-from types import FrameType
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from headscope.kernels.errors import NotIntercepted, ShapeError
+from headscope.kernels.errors import EditError, NotIntercepted, ShapeError
 from headscope.probe.call import AttentionCall, AttentionSite, Handler
-
-WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_original_component)(?=\.|$)")
-PREFIXES = re.compile(r"^(module\.|base_model\.model\.)")
-CHECKPOINT = torch.utils.checkpoint.__file__
+from headscope.probe.interception.place import clean_path, recomputing
 
 _sessions: dict[tuple[int, int], Session] = {}  # (id of the model, thread) -> its session
-_lock = threading.Lock()
-
-
-def clean_path(path: str) -> str:
-    """A module path without what wrappers (compile, FSDP, DataParallel, peft) put into it."""
-    path = WRAPPERS.sub("", path).lstrip(".")
-    return PREFIXES.sub("", path)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in the model a torch call was made."""
-
-    session: Session
-    path: str
-    module: nn.Module
-    frame: FrameType | None = field(repr=False, default=None)  # the innermost frame that holds the module
-    forward: FrameType | None = field(repr=False, default=None)  # its forward()
-    checkpointed: bool = False  # inside a checkpointed region that will be run again for the backward
-    reentrant: bool = False
-    recomputed: bool = False  # this is that second run
-
-    def without_frames(self) -> Place:
-        """The same place, to be held beyond the call: a frame holds every local of the model's code, maps and all."""
-        return replace(self, frame=None, forward=None)
 
 
 @dataclass(eq=False)
@@ -92,7 +61,7 @@ class Session:
         self.tapped: set[tuple[str, str]] = set()  # (module, stage) hooked for edits before rotation
         self.hooked: set[str] = set()
         self.recomputed: set[str] = set()  # sites that a checkpoint has run again inside this session
-        self.watch: Any = None  # the thread's function mode, set by `dataflow.watch`
+        self.watch: Any = None  # the thread's function mode, set by `mode.watch`
         self.pending: list[Any] = []  # candidates of the running forward: normalised, not yet multiplied with a value
         self._stack = ExitStack()
 
@@ -103,10 +72,8 @@ class Session:
 
     # -- entering and leaving --------------------------------------------------------------------------------------
 
-    def open(self) -> None:
-        from headscope.probe.interception import flex, graph
-        from headscope.probe.interception.mode import watch
-
+    def open(self, *scopes: AbstractContextManager[None]) -> None:
+        """Hook the model and enter what watches beside it; all of it is undone by `close`, and at once if something fails."""
         with ExitStack() as stack:
             stack.callback(_sessions.pop, (id(self.model), self.thread), None)
             before = self.model.register_forward_pre_hook(self._root_begins, with_kwargs=True, prepend=True)
@@ -115,28 +82,20 @@ class Session:
             stack.callback(after.remove)
             for module in _outer_modules(self.model):
                 stack.callback(module.register_forward_pre_hook(self._check_thread, prepend=True).remove)
-            stack.enter_context(flex.patched())
-            stack.enter_context(graph.watched(self))
-            stack.enter_context(watch(self))
+            for scope in scopes:
+                stack.enter_context(scope)
             if "torch._dynamo" in sys.modules:  # compiled code would run past the mode: run it eagerly meanwhile
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._stack = stack.pop_all()
+            _sessions[id(self.model), self.thread] = self
 
     def close(self) -> None:
         self.pending.clear()
         self._stack.close()
 
     def add(self, handler: Handler, strict: bool) -> Entry:
-        from headscope.probe.interception import projections
-
         entry = Entry(handler, strict, Counter(self.steps))
         self.entries.append(entry)
-        try:
-            if handler.changes:
-                projections.install(self, handler, entry.undo)
-        except BaseException:
-            self.drop(entry)
-            raise
         return entry
 
     def drop(self, entry: Entry) -> None:
@@ -156,7 +115,7 @@ class Session:
         )
 
     def _check_thread(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if threading.get_ident() != self.thread and (id(self.model), threading.get_ident()) not in _sessions and not _recomputing():
+        if threading.get_ident() != self.thread and (id(self.model), threading.get_ident()) not in _sessions and not recomputing():
             self._refuse_thread(module)
 
     def _root_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -190,11 +149,9 @@ class Session:
 
         def begins(module: nn.Module, args: tuple[Any, ...]) -> None:
             if threading.get_ident() != self.thread:
-                if _recomputing():  # a checkpoint's second run in autograd's own thread: lend it the mode
-                    from headscope.probe.interception.mode import lend
-
+                if recomputing():  # a checkpoint's second run in autograd's own thread: lend it the mode
                     stack = ExitStack()
-                    stack.enter_context(lend(self))
+                    stack.enter_context(self.watch.lent())
                     borrowed.append(stack)
                 elif (id(self.model), threading.get_ident()) in _sessions:
                     return
@@ -228,11 +185,19 @@ class Session:
         found: frozenset[str] = frozenset()
         for entry in self.entries:
             found |= entry.handler.stages(site)
-        if found & {"q.pre", "k.pre"}:
-            from headscope.probe.interception import projections
-
-            projections.check(self, site, found)
+        for stage in sorted(found & {"q.pre", "k.pre"}):
+            self._check_tap(site, stage)
         return found
+
+    def _check_tap(self, site: AttentionSite, stage: str) -> None:
+        """Refuse an edit before rotation at a site that has no place for it: one fused projection, or a name that is not known."""
+        if (site.module, stage) in self.tapped:
+            return
+        children = [name for name, _ in self.modules[site.module].named_children()] if site.module in self.modules else []
+        raise EditError(
+            f"{site.name} has no {'query' if stage[0] == 'q' else 'key'} projection of its own (its modules: "
+            f"{', '.join(children) or 'none'}): {stage} cannot be edited there; edit {stage[0]!r} (after rotation) instead"
+        )
 
     def reads(self, site: AttentionSite) -> frozenset[str]:
         """Stages whose materialised value some handler wants to see when the call is finished."""
@@ -347,91 +312,6 @@ def _scripted_attention(model: nn.Module, paths: dict[int, str]) -> list[str]:
     return found
 
 
-def _recomputing() -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename == CHECKPOINT and frame.f_code.co_name in {"recompute_fn", "backward", "unpack_hook"}:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def locate(sessions: list[Session]) -> Place | None:
-    """The innermost module of a watched model whose code is running, found by walking up the Python frames."""
-    frame: FrameType | None = sys._getframe(1)
-    found: tuple[Session, str, nn.Module, FrameType] | None = None
-    forward: FrameType | None = None
-    checkpointed = reentrant = recomputed = False
-    while frame is not None:
-        code = frame.f_code
-        if (found is None or (forward is None and code.co_name == "forward")) and code.co_argcount:
-            owner = frame.f_locals.get(code.co_varnames[0])
-            if found is not None and owner is found[2]:
-                forward = frame
-                owner = None
-            elif found is not None:
-                owner = None
-            if isinstance(owner, nn.Module):
-                for session in sessions:
-                    path = session.paths.get(id(owner))
-                    if path is not None:
-                        found = (session, path, owner, frame)
-                        forward = frame if code.co_name == "forward" else None
-                        break
-        if code.co_filename == CHECKPOINT:
-            if code.co_name == "checkpoint":
-                checkpointed = True
-            elif code.co_name == "forward":
-                reentrant = True
-            elif code.co_name in {"recompute_fn", "backward"}:
-                recomputed = True
-        frame = frame.f_back
-    if found is None:
-        return None
-    return Place(
-        *found, forward, checkpointed=checkpointed and not recomputed, reentrant=reentrant and not recomputed, recomputed=recomputed
-    )
-
-
-def check_model(model: object) -> nn.Module:
-    """The module itself, if it can be watched at all."""
-    if not isinstance(model, nn.Module):
-        inner = [name for name, value in vars(model).items() if isinstance(value, nn.Module)] if hasattr(model, "__dict__") else []
-        hint = f": pass one of its modules ({', '.join(inner[:6])})" if inner else ""
-        raise NotIntercepted(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
-    return model
-
-
-@contextmanager
-def intercept(model: nn.Module, handler: Handler, strict: bool = True) -> Iterator[Session]:
-    """Show every attention call of `model` in this thread to `handler` while the block runs.
-
-    Scopes on one model nest and may be left in any order. On leaving, also by an exception, the model is as it was.
-
-    Args:
-        model: any nn.Module.
-        handler: see `headscope.probe.call.Handler`.
-        strict: raise when attention-like operations were seen but not caught, or when nothing was caught at all.
-
-    Raises:
-        NotIntercepted: see `strict`; also for a call from a thread that did not enter.
-    """
-    check_model(model)
-    key = (id(model), threading.get_ident())
-    with _lock:
-        session = _sessions.get(key)
-        if session is None:
-            session = Session(model)
-            session.open()
-            _sessions[key] = session
-    entry = session.add(handler, strict)
-    try:
-        yield session
-        if session.depth == 0:
-            session.settle()
-        session.check_ran(entry)
-    finally:
-        session.drop(entry)
-
-
-__all__ = ["Entry", "Place", "Session", "check_model", "clean_path", "intercept", "locate"]
+def session_of(model: nn.Module) -> Session | None:
+    """The session that this thread has open on a model."""
+    return _sessions.get((id(model), threading.get_ident()))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from headscope.probe.interception import fused, handwritten, products
 from headscope.probe.interception.candidate import Candidate, result_axes
 from headscope.probe.interception.layout import RESHAPE, SWAP, layout
+from headscope.probe.interception.place import locate
 from headscope.probe.interception.products import Product
-from headscope.probe.interception.session import locate
 from headscope.probe.interception.tape import TRANSPOSES, Node, base_name, idle_dropout, untaped, writes
 
 if TYPE_CHECKING:
