@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "reference.md"
 # Public names that live outside the `__all__` of their package, because few need them.
 FURTHER = {
     "probe": ["models:model_fingerprint", "models:tokenize", "models:context_window", "models:embedded_folder", "models:digits_processor",
-              "interception.session:intercept", "store:write", "store:Store"],
+              "interception.intercept:intercept", "store:write", "store:Store"],
     "interventions": ["activation:Activation", "cost:PlanCost", "cost:EditCost", "cost:SiteCost"],
 }  # fmt: skip
 
