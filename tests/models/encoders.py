@@ -95,6 +95,6 @@ ENTRIES = [
     encoder("Reformer (LSH)", "Reformer", (), base=dict(vocab_size=64, hidden_size=32, num_attention_heads=4, attention_head_size=8,
             attn_layers=["lsh", "local"], feed_forward_size=32, axial_pos_embds=False, max_position_embeddings=64, num_buckets=4,
             num_hashes=1, lsh_attn_chunk_length=4, local_attn_chunk_length=4, is_decoder=False, axial_norm_std=1.0, hash_seed=0),
-            inputs=lambda: {"input_ids": tokens(length=16)}, reference=chunks, differentiable=False,
+            inputs=lambda: {"input_ids": tokens(length=24)}, reference=chunks, differentiable=False,
             note="tokens are sorted by hash and compared within chunks, in the batch; it trains only in training mode"),
 ]
