@@ -6,9 +6,8 @@ Captures hold on to it, so it holds no frame, no module and no map: only the tap
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from headscope.kernels.errors import EditError, SelectionError
@@ -60,13 +59,13 @@ class Rerun:
     k: Operand
     normalise: Callable[[Tensor], Tensor]
     tells_pattern: bool
-    lent: list[tuple[Tensor, int]] = field(init=False)
+    lent: tuple[tuple[Tensor, int], ...] | None = None
 
     def __post_init__(self) -> None:
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(self.q.tensor)  # vmap and jacrev: no memory of its own, and no capture
-        own = set() if wrapped else {x.tensor.data_ptr() for x in (self.q, self.k)}
-        found = [] if wrapped else [t for t in borrowed(self.node) if not t.is_inference() and t.data_ptr() not in own]
-        object.__setattr__(self, "lent", [(t, t._version) for t in found])
+        if self.lent is None:
+            own = (self.q.tensor, self.k.tensor)  # these are swapped: a cache that goes on filling does no harm
+            found = [t for t in borrowed(self.node) if not t.is_inference() and not any(t is x for x in own)]
+            object.__setattr__(self, "lent", tuple((t, t._version) for t in found))
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Canonical scores [B, H, Q, K] from these queries and keys, sink columns left out."""
@@ -79,10 +78,11 @@ class Rerun:
     def detached(self) -> Rerun:
         """The same, holding on to no autograd graph."""
         q, k = (replace(x, tensor=x.tensor.detach()) for x in (self.q, self.k))
-        return replace(self, node=detached(self.node), q=q, k=k)
+        lent = tuple((tensor.detach(), version) for tensor, version in self.lent or ())
+        return replace(self, node=detached(self.node), q=q, k=k, lent=lent)
 
     def _own_scores(self, q: Tensor, k: Tensor) -> Tensor:
-        if any(tensor._version != version for tensor, version in self.lent):
+        if any(tensor._version != version for tensor, version in self.lent or ()):
             raise SelectionError(
                 f"the model has since written into a mask or bias that the scores of {self.site} are made with, so they cannot be made "
                 "again: capture with Keep(pattern=True), Keep(rows=[…]) or Keep(statistics=True)"

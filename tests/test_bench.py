@@ -1,0 +1,146 @@
+"""The benchmark's own code works: timings, tables and verdicts on a tiny model, and a missing peer is said to be missing.
+
+No time is asserted.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import __main__ as command
+from bench import interception, variants
+from bench.interception import Memory, Report, Timing, measure, over, report_memory
+from bench.machine import this_machine
+from bench.variants import DECODE, FORWARD, Models, Shape, Variant
+
+TINY = Shape(layers=2, heads=8, head_width=4, vocabulary=64, positions=256)
+PEERS = ("transformer-lens", "nnsight")
+DECODED = {"plain", "patterns"}
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
+
+
+def missing(name: str) -> Variant:
+    """A variant of the table whose library is nowhere."""
+    found = next(v for v in FORWARD if v.name == name)
+    return Variant(found.name, found.tool, found.label, found.run, requires="a_library_that_nobody_wrote")
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return Models(TINY)
+
+
+@pytest.fixture(scope="module")
+def report(models: Models) -> Report:
+    rows = [missing(v.name) if v.name in PEERS else v for v in FORWARD]
+    forward, absent = measure(models, rows, 16, rounds=2, repeats=1)
+    decode, _ = measure(models, [v for v in DECODE if v.name in DECODED], 8, rounds=1, repeats=1)
+    sizes = {"plain": Memory(2**20, 0), "patterns": Memory(3 * 2**20, 2**21), "eager-patterns": Memory(2**23, 2**21)}
+    return Report(this_machine(["torch", "a-distribution-that-nobody-made"]), TINY, {16: forward}, decode, {16: sizes}, absent)
+
+
+def test_every_variant_but_the_missing_peers_was_timed_in_every_round(report: Report) -> None:
+    assert set(report.forward[16]) == {v.name for v in FORWARD} - set(PEERS)
+    assert all(len(t.seconds) == 2 for t in report.forward[16].values())
+    assert set(report.decode) == DECODED
+    assert report.forward[16]["plain"].ratios == (1.0, 1.0)
+
+
+def test_a_missing_peer_is_reported_as_not_installed(report: Report) -> None:
+    assert report.absent == dict.fromkeys(PEERS, "not installed")
+    lines = report.to_markdown().splitlines()
+    for name in PEERS:
+        assert "not installed" in next(line for line in lines if line.startswith(f"| `{name}`"))
+    assert [t.verdict for t in report.targets() if "nnsight" in t.promise] == ["not measured"]
+
+
+def test_a_peer_that_breaks_at_import_is_reported_with_its_reason(models: Models) -> None:
+    def broken(models: Models, ids: object) -> int:
+        raise ImportError("no module named torchvision")
+
+    _, absent = measure(models, [FORWARD[0], Variant("broken", "x", "x", broken)], 8, rounds=1, repeats=1)
+    assert absent == {"broken": "cannot be imported (no module named torchvision)"}
+
+
+def test_the_table_has_a_row_for_every_variant_and_equal_columns(report: Report) -> None:
+    lines = [line for line in report.to_markdown().splitlines() if line.startswith("|")]
+    first = lines[: 2 + len(FORWARD)]
+    assert [line.split("|")[1].strip() for line in first[2:]] == [f"`{v.name}`" for v in FORWARD]
+    assert len({line.count("|") for line in first}) == 1
+    assert "| 3 | " in next(line for line in first if line.startswith("| `patterns`"))
+
+
+def test_verdicts_follow_the_limits(report: Report) -> None:
+    peak = next(t for t in report.targets() if t.promise.startswith("peak"))
+    assert (peak.measured, peak.verdict) == (1.0, "pass")
+    worse = Report(report.machine, TINY, {}, {}, {16: {"plain": Memory(10, 0), "patterns": Memory(110, 90)}}, {})
+    assert [t.verdict for t in worse.targets()] == ["miss"]
+
+
+def test_ours_over_theirs_compares_the_same_rounds() -> None:
+    ours, theirs = Timing((1.0, 2.0, 6.0), (1.0, 1.0, 1.0)), Timing((2.0, 2.0, 3.0), (1.0, 1.0, 1.0))
+    assert over(ours, theirs) == 1.0
+    assert over(ours, None) is None
+
+
+def test_the_record_is_plain_json_and_says_which_versions_ran(report: Report) -> None:
+    record = json.loads(json.dumps(report.to_dict()))
+    assert record["machine"]["versions"]["a-distribution-that-nobody-made"] is None
+    assert record["machine"]["versions"]["torch"]
+    assert record["forward"]["16"]["patterns"]["seconds"]
+    assert record["memory"]["16"]["patterns"] == {"rise": 3 * 2**20, "kept": 2**21}
+
+
+def test_all_who_keep_patterns_keep_the_same_number_of_bytes(models: Models) -> None:
+    ids = models.prompt(16)
+    kept = {v.name: v.run(models, ids) for v in FORWARD if v.name in ("eager-patterns", "patterns", "plain", "nothing")}
+    pattern_bytes = TINY.layers * TINY.heads * 16 * 16 * 4
+    assert kept == {"plain": 0, "eager-patterns": pattern_bytes, "nothing": 0, "patterns": pattern_bytes}
+
+
+def test_a_copying_edit_leaves_the_output_as_it_was_and_reaches_every_layer(models: Models) -> None:
+    calls: list[str] = []
+    ids = models.prompt(16)
+    before = models.plain(ids, use_cache=False).logits
+
+    def counted(value: object, call: object) -> object:
+        calls.append(call.site.name)  # type: ignore[attr-defined]
+        return variants.copied(value, call)  # type: ignore[arg-type]
+
+    with variants.Plan([variants.Edit("z", variants.call(counted))]).on(models.plain):  # type: ignore[arg-type]
+        after = models.plain(ids, use_cache=False).logits
+    assert len(calls) == TINY.layers
+    assert bool((before == after).all())
+
+
+def test_memory_of_a_variant_counts_what_it_kept(models: Models) -> None:
+    found = report_memory(next(v for v in FORWARD if v.name == "patterns"), 64, models)
+    assert found.kept == TINY.layers * TINY.heads * 64 * 64 * 4
+    assert found.rise >= 0
+
+
+def test_an_unknown_benchmark_is_refused_with_the_valid_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["speed"])
+    assert stopped.value.code == 2
+    assert "no benchmark 'speed': choose from interception" in capsys.readouterr().err
+
+
+def test_a_quick_run_prints_and_records_nothing(
+    report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(interception, "run", lambda settings: report)
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(command, "PAGE", tmp_path / "bench.md")
+    assert command.main(["--quick"]) == 0
+    assert "Cost of looking and changing" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert command.main([]) == 0
+    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == ["interception.json", "interception.md"]
+    page = (tmp_path / "bench.md").read_text(encoding="utf-8")
+    assert page.startswith("# Benchmarks\n")
+    assert "\n## Cost of looking and changing\n" in page
