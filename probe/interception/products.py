@@ -53,11 +53,6 @@ class Product:
         }
         return Size(sizes.get(c, 1) for c in self.result_letters)
 
-    @property
-    def outer(self) -> bool:
-        """A matrix product of two lists, such as positions times frequencies: there are no dot products in it."""
-        return self.first_letters.endswith("Z") and self.first.shape[-1] == 1
-
     def owners(self, letter: str) -> str:
         """`0`, `1` or `01`: which operands carry this letter of the result."""
         return ("0" if letter in self.first_letters else "") + ("1" if letter in self.second_letters else "")

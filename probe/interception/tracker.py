@@ -34,6 +34,7 @@ PASS = frozenset({
 CONTRACT = frozenset({
     "linear", "addmm", "conv1d", "conv2d", "conv3d", "bilinear", "embedding", "layer_norm", "rms_norm", "group_norm", "tensordot",
 })  # fmt: skip
+ANGLES = frozenset({"cos", "sin", "polar"})  # of positions times frequencies: the product was a rotary table
 DIVIDE = frozenset({"div", "div_", "true_divide", "__truediv__", "__itruediv__", "divide"})
 MARKED = (
     RESHAPE
@@ -213,7 +214,7 @@ class Tracker:
                 if open_pattern and not weights[1 - which] and handwritten.contracts_keys(product, which, node):
                     return handwritten.value_product(self, product, which, node, lambda: func(*args, **kwargs))
         result = func(*args, **kwargs)
-        if product.outer or all(weights):
+        if all(weights):
             return result
         if any(weights) and handwritten.mix_heads(self, product, 0 if weights[1] else 1, result):
             return result
@@ -282,7 +283,7 @@ class Tracker:
         lead = next(stage for stage in STAGE_ORDER if stage in stages)
         chosen = [(t, n, s) for (t, n), s in zip(keep, shapes, strict=True) if n.stage == lead]
         for output, pick in outputs:
-            if not output.is_floating_point():
+            if not output.is_floating_point() or name in ANGLES:
                 continue
             tensor, node, shape = next(((t, n, s) for t, n, s in chosen if n.axes is not None and s == output.shape), chosen[0])
             reduced = name in REDUCE and not (len(args) > 1 and isinstance(args[1], Tensor))  # max(a, b) is element-wise

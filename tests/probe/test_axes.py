@@ -298,7 +298,6 @@ def test_a_matmul_is_read_with_whatever_it_broadcasts(
     product = agrees(call[0], call[1], (first, second), {}, torch.matmul(first, second))
     assert product.owners("Y") == "0"
     assert product.owners("X") == "1"
-    assert not product.outer
 
 
 @SHORT
@@ -362,12 +361,3 @@ def test_an_einsum_is_read_with_dots_spaces_broadcasting_and_no_arrow(case: tupl
 )
 def test_what_is_no_product_of_two_matrices_is_left_alone(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     assert products.read(name, function, args, {}) is None
-
-
-def test_positions_times_frequencies_are_an_outer_product_and_one_key_times_its_value_too() -> None:
-    frequencies = products.read("matmul", torch.matmul, (normal(2, 4, 1), normal(2, 1, 5)), {})
-    assert frequencies is not None
-    assert frequencies.outer
-    einsum = products.read("einsum", torch.einsum, ("qd,kd->qk", normal(4, 1), normal(5, 1)), {})
-    assert einsum is not None
-    assert not einsum.outer

@@ -432,6 +432,18 @@ def test_queries_that_are_parameters_are_caught_and_routers_are_not(expanded: bo
     assert torch.equal(model(x), plain)
 
 
+def test_heads_of_width_one_and_a_single_key_are_attention_too() -> None:
+    class Narrow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = k = x[..., :1]
+            wide = (q @ k.transpose(1, 2)).softmax(-1) @ x
+            out: Tensor = wide + (x @ x[:, :1].transpose(1, 2)).softmax(-1) @ x[:, :1]
+            return out
+
+    sites = Probe(Narrow()).sites(inputs())
+    assert [(s.ordinal, s.key_dim) for s in sites] == [(0, 1), (1, WIDTH)]
+
+
 def test_a_softmax_written_as_exp_of_a_log_softmax_is_normalised_already() -> None:
     class Logarithmic(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
