@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from headscope.kernels.reference import check_call, check_sink, repeat_heads
+from headscope.kernels.reference import check_call, check_sink, full_rank, repeat_heads
 
 _CELLS = 1 << 18  # scores worked on at once on a CPU: about a mebibyte in float32
 _ROWS = 64  # queries of one panel: larger ones waste more of the causal triangle
@@ -51,7 +51,7 @@ def pattern(
     rows = max(1, min(queries, _ROWS) if on_cpu else queries)
     together = max(1, min(heads, _CELLS // max(1, rows * keys))) if on_cpu else max(1, heads)
     columns = repeat_heads(k, heads).transpose(2, 3)  # [B, H, D, K]
-    bias, mask = (None if x is None else x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) for x in (bias, mask))
+    bias, mask = full_rank(bias), full_rank(mask)
     future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1) if is_causal else None
     result = q.new_empty(batch, heads, queries, keys)
     scratch = q.new_empty(together * rows * keys)

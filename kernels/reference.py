@@ -112,6 +112,11 @@ def attend(
     return weights @ repeat_heads(v, q.shape[1]), weights
 
 
+def full_rank(tensor: Tensor | None) -> Tensor | None:
+    """A mask or bias with axes of 1 in front until there are four."""
+    return None if tensor is None else tensor[(None,) * (4 - tensor.dim())]
+
+
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """[B, G, K, D] -> [B, H, K, D]: each key/value head repeated for the query heads that share it; `x` itself if H = G."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

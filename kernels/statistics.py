@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels.errors import HeadscopeError, InputError, SelectionError, ShapeError
-from headscope.kernels.reference import check_call, finish_scores, pattern
+from headscope.kernels.reference import check_call, finish_scores, full_rank, pattern
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -150,7 +150,7 @@ def statistics(
     dtype = _precision(q)
     shape = (*q.shape[:3], k.shape[2])
     groups = q.shape[1] // k.shape[1]
-    bias, mask = _full_rank(bias), _full_rank(mask)
+    bias, mask = full_rank(bias), full_rank(mask)
 
     def measure(block: _Block) -> dict[str, Tensor]:
         panel_q = q[block.batch, block.heads, block.rows].to(dtype)
@@ -404,14 +404,9 @@ def _products(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return (shared @ k.transpose(-2, -1)).reshape(batch, heads, queries, k.shape[2])
 
 
-def _full_rank(tensor: Tensor | None) -> Tensor | None:
-    """With axes of 1 in front until there are four."""
-    return None if tensor is None else tensor[(None,) * (4 - tensor.dim())]
-
-
 def _pick_rows(tensor: Tensor | None, positions: Tensor) -> Tensor | None:
     """The rows of a mask or bias for these queries; itself where it is the same for all."""
-    full = _full_rank(tensor)
+    full = full_rank(tensor)
     return full if full is None or full.shape[2] == 1 else full[:, :, positions]
 
 

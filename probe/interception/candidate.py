@@ -205,7 +205,7 @@ def describe(
     if kind == "self" and fold > 1:
         kind = "window"
     return AttentionSite(
-        name=f"{path or type(session.model).__name__}#{ordinal}", module=path, ordinal=ordinal, layer=layer_of(session, path), kind=kind,
+        name=session.site_name(path, ordinal), module=path, ordinal=ordinal, layer=layer_of(session, path), kind=kind,
         query_heads=call_q.shape[1], kv_heads=call_k.shape[1], key_dim=call_q.shape[-1], value_dim=v_dim, fold=fold, **facts,
     )  # fmt: skip
 

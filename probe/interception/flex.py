@@ -81,7 +81,7 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     scale = bound.get("scale")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     ordinal = session.claim(place.path)
-    name = f"{place.path or type(session.model).__name__}#{ordinal}"
+    name = session.site_name(place.path, ordinal)
     site = session.site(
         name,
         lambda: describe(session, place, place.path, ordinal, q, k, v.shape[-1], mechanism="flex", bias=bound.get("score_mod") is not None),

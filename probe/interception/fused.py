@@ -146,7 +146,7 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
         shaped = fold.mask(attn_mask)
         mask, bias = (shaped, None) if shaped.dtype == torch.bool else (None, shaped)
     ordinal = session.claim(place.path)
-    name = f"{place.path or type(session.model).__name__}#{ordinal}"
+    name = session.site_name(place.path, ordinal)
     site = session.site(
         name,
         lambda: describe(
@@ -202,7 +202,7 @@ def _edited(
         if added is not zero:
             call.bias = added if call.bias is None else call.bias + added
             if call.bias.ndim < 4:
-                call.bias = call.bias.reshape((1,) * (4 - call.bias.ndim) + tuple(call.bias.shape))
+                call.bias = reference.full_rank(call.bias)
     if stages & {"scores", "pattern"}:
         return dense(session, call, stages, fold, float(bound.get("dropout_p", 0.0)))
     new = dict(bound)

@@ -85,7 +85,7 @@ def _normalise(
     from_node = edge_index[0] if torch.equal(edge_index[1], index) else edge_index[1]
     sources = max(sources, targets if sources == 0 else sources)
     ordinal = session.claim(place.path)
-    name = f"{place.path or type(session.model).__name__}#{ordinal}"
+    name = session.site_name(place.path, ordinal)
     kind = "self" if sources == targets else "cross"
     site = session.site(
         name, lambda: AttentionSite(name, place.path, ordinal, layer_of(session, place.path), kind, heads, heads, 0, 0, "edge-softmax")

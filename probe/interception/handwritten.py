@@ -120,13 +120,14 @@ class _Beginning:
     ) -> None:
         session = place.session
         self.session, self.node, self.product, self.axes, self.grouping, self.place = session, node, product, axes, grouping, place
+        strong = normaliser == "softmax" and product.fixed is None
         complaint = None
-        if normaliser == "softmax" and product.fixed is None:
+        if strong:
             complaint = f"{path or 'the model'}: a {name} over a product of activations that no value product followed"
         self.candidate = candidate = Candidate(session, place, path, normaliser, grouping, complaint, product=product)
         session.pending.append(candidate)
-        candidate.claimed = normaliser == "softmax" and product.fixed is None
-        ordinal = session.claim(path) if candidate.claimed else session.ordinals[path]
+        candidate.claimed = strong
+        ordinal = session.claim(path) if strong else session.ordinals[path]
         query_operand, key_operand = (0, 1) if grouping.keys_second else (1, 0)
         q, q_axes, q_groups = canonical_operand(product, query_operand, grouping, grouping.query)
         k, k_axes, k_groups = canonical_operand(product, key_operand, grouping, grouping.key)
@@ -137,7 +138,7 @@ class _Beginning:
         copies = copies if copies > 1 and k.shape[1] == q.shape[1] and k.shape[1] % copies == 0 else 1
         self.q, self.k = q, k[:, ::copies] if copies > 1 else k
         self.operands = Operand(own_q, q_axes, q_groups), Operand(own_k, k_axes, k_groups, copies)
-        site_name = f"{path or type(session.model).__name__}#{ordinal}"
+        site_name = session.site_name(path, ordinal)
         site = session.sites.get(site_name)
         if site is None:
             site = describe(

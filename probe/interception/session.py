@@ -46,9 +46,10 @@ class Session:
         self.thread = threading.get_ident()
         self.paths: dict[int, str] = {}
         self.modules: dict[str, nn.Module] = {}
-        for path, module in model.named_modules():
-            self.paths.setdefault(id(module), clean_path(path))
-            self.modules.setdefault(clean_path(path), module)
+        for name, module in model.named_modules():
+            path = clean_path(name)
+            self.paths.setdefault(id(module), path)
+            self.modules.setdefault(path, module)
         self.entries: list[Entry] = []
         self.sites: dict[str, AttentionSite] = {}
         self.steps: Counter[str] = Counter()
@@ -107,16 +108,14 @@ class Session:
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
-    def _refuse_thread(self, module: nn.Module) -> None:
+    def _check_thread(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if threading.get_ident() == self.thread or session_of(self.model) is not None or recomputing():
+            return
         raise NotIntercepted(
             f"{type(module).__name__} was called from another thread while an edit or a capture is active in thread {self.thread}: "
             "that call would run without it. Enter the probe or plan inside the thread that calls the model "
             "(DataParallel replicas cannot be watched: use one device, or DistributedDataParallel)"
         )
-
-    def _check_thread(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if threading.get_ident() != self.thread and (id(self.model), threading.get_ident()) not in _sessions and not recomputing():
-            self._refuse_thread(module)
 
     def _root_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._check_thread(module, args)
@@ -153,10 +152,9 @@ class Session:
                     stack = ExitStack()
                     stack.enter_context(self.watch.lent())
                     borrowed.append(stack)
-                elif (id(self.model), threading.get_ident()) in _sessions:
-                    return
                 else:
-                    self._refuse_thread(module)
+                    self._check_thread(module, args)
+                    return
             self.ordinals.pop(path, None)
 
         def ends(module: nn.Module, args: tuple[Any, ...], result: object) -> None:
@@ -174,6 +172,10 @@ class Session:
         self.ordinals[path] += 1
         self.watch_module(path)
         return ordinal
+
+    def site_name(self, path: str, ordinal: int) -> str:
+        """Module path, `#`, ordinal; the class of the model stands for its own empty path."""
+        return f"{path or type(self.model).__name__}#{ordinal}"
 
     def site(self, name: str, build: Any) -> AttentionSite:
         if name not in self.sites:

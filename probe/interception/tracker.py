@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,14 +47,33 @@ OPAQUE = ("attention", "attn", "mha_fwd", "mha_varlen", "encoder_layer_fwd", "na
 NOTED = MARKED | WEIGHT_VIEWS | {"expand", "repeat_interleave"}
 STAGE_ORDER = ("exp", "pattern", "scores", "z", "stat")
 
+T = TypeVar("T")
 _kinds: dict[Any, tuple[str, str]] = {}  # torch function -> what it is, its plain name
+
+
+class ByIdentity(Generic[T]):
+    """What is known of tensors, by identity, for as long as each of them lives."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[Tensor], T]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, tensor: Any) -> T | None:
+        hit = self._entries.get(id(tensor))
+        return hit[1] if hit is not None and hit[0]() is tensor else None
+
+    def put(self, tensor: Tensor, value: T) -> None:
+        key, entries = id(tensor), self._entries
+        entries[key] = (weakref.ref(tensor, lambda _: entries.pop(key, None)), value)
 
 
 class Tracker:
     """See the module docstring.
 
     Attributes:
-        nodes: what is known of each tracked tensor, by identity, for as long as the tensor lives.
+        nodes: what is known of each tracked tensor.
         marks: origins that matter later: (-1, n) each key head n times over, (-2, H) batch and H heads fused in one axis,
             (dim, n) about to become the first of these.
         weights: tensors that are parameters in another guise.
@@ -62,38 +81,29 @@ class Tracker:
 
     def __init__(self, mode: Watch) -> None:
         self.mode = mode
-        self.nodes: dict[int, tuple[weakref.ref[Tensor], Node]] = {}
-        self.marks: dict[int, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
-        self.weights: dict[int, weakref.ref[Tensor]] = {}
+        self.nodes: ByIdentity[Node] = ByIdentity()
+        self.marks: ByIdentity[tuple[int, int]] = ByIdentity()
+        self.weights: ByIdentity[bool] = ByIdentity()
 
     def node(self, tensor: Any) -> Node | None:
-        hit = self.nodes.get(id(tensor))
-        return hit[1] if hit is not None and hit[0]() is tensor else None
+        return self.nodes.get(tensor)
 
     def track(self, tensor: Tensor, node: Node) -> None:
-        key, nodes = id(tensor), self.nodes
-        nodes[key] = (weakref.ref(tensor, lambda _: nodes.pop(key, None)), node)
+        self.nodes.put(tensor, node)
 
     def repeats(self, tensor: Tensor) -> int:
         """How often each key/value head stands in this tensor, one copy after the other."""
-        hit = self.marks.get(id(tensor))
-        return hit[1][1] if hit is not None and hit[0]() is tensor and hit[1][0] == -1 else 1
+        mark = self.marks.get(tensor)
+        return mark[1] if mark is not None and mark[0] == -1 else 1
 
     def fused_heads(self, tensor: Tensor) -> int | None:
         """Heads in a leading axis that a reshape made of batch and heads."""
-        hit = self.marks.get(id(tensor))
-        return hit[1][1] if hit is not None and hit[0]() is tensor and hit[1][0] == -2 else None
-
-    def _mark(self, tensor: Tensor, value: tuple[int, int]) -> None:
-        key, marks = id(tensor), self.marks
-        marks[key] = (weakref.ref(tensor, lambda _: marks.pop(key, None)), value)
+        mark = self.marks.get(tensor)
+        return mark[1] if mark is not None and mark[0] == -2 else None
 
     def weight_like(self, tensor: Tensor) -> bool:
         """A parameter, a view of one, or rows picked out of one."""
-        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
-            return True
-        hit = self.weights.get(id(tensor))
-        return hit is not None and hit() is tensor
+        return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or bool(self.weights.get(tensor))
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = _kinds.get(func)
@@ -129,9 +139,9 @@ class Tracker:
         found: list[tuple[Any, Node]] = []
         for item in (*args, *kwargs.values()) if kwargs else args:
             for one in item if isinstance(item, list | tuple) else (item,):
-                hit = self.nodes.get(id(one))
-                if hit is not None and hit[0]() is one:
-                    found.append((one, hit[1]))
+                node = self.nodes.get(one)
+                if node is not None:
+                    found.append((one, node))
         return found
 
     def reenter(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -176,27 +186,23 @@ class Tracker:
             if result.ndim == source.ndim and result.ndim >= 5:
                 grown = [i for i in range(1, result.ndim - 2) if source.shape[i] == 1 and result.shape[i] > 1]
                 if len(grown) == 1:
-                    self._mark(result, (grown[0], result.shape[grown[0]]))
+                    self.marks.put(result, (grown[0], result.shape[grown[0]]))
         elif name == "repeat_interleave":
             if len(args) > 1 and isinstance(args[1], int) and args[1] > 1 and result.ndim >= 3:
-                self._mark(result, (-1, args[1]))
+                self.marks.put(result, (-1, args[1]))
         elif name in RESHAPE and source.ndim == 4 and result.ndim == 3 and result.shape[1:] == source.shape[2:]:
-            self._mark(result, (-2, source.shape[1]))
-            hit = self.marks.get(id(source))
-            if hit is not None and hit[0]() is source and hit[1][0] == -1:
-                self._mark(result, (-2, source.shape[1] // hit[1][1]))
+            self.marks.put(result, (-2, source.shape[1] // self.repeats(source)))
         elif self.marks and name in MARKED:
-            hit = self.marks.get(id(source))
-            if hit is not None and hit[0]() is source:
-                dim, n = hit[1]
+            mark = self.marks.get(source)
+            if mark is not None:
+                dim, n = mark
                 if dim == -2:
                     if result.ndim == 3:
-                        self._mark(result, (-2, n))
+                        self.marks.put(result, (-2, n))
                 elif result.ndim >= 3 and (dim == -1 or (name in RESHAPE and _merged(source, result, dim, n))):
-                    self._mark(result, (-1, n))
+                    self.marks.put(result, (-1, n))
         elif name in WEIGHT_VIEWS and self.weight_like(source):
-            key, weights = id(result), self.weights
-            weights[key] = weakref.ref(result, lambda _: weights.pop(key, None))
+            self.weights.put(result, True)
 
     def product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         product = products.read(base_name(func), func, args, kwargs)
