@@ -11,6 +11,7 @@ HeadscopeError
 ├── StoreError            a capture on disk that is missing, damaged or of another version
 ├── ModelError            a model that cannot be loaded safely
 ├── InputError            text or tensors that a model cannot take
+├── AttributionError      a target or model that cannot be attributed
 └── ClosedError           a probe, capture or plan used after it was closed
 """
 
@@ -57,6 +58,10 @@ class ModelError(HeadscopeError, RuntimeError):
 
 class InputError(HeadscopeError, ValueError):
     """Text or tensors that the model cannot take."""
+
+
+class AttributionError(HeadscopeError, ValueError):
+    """A target that is no single number, or a model through which relevance cannot be followed."""
 
 
 class ClosedError(HeadscopeError, RuntimeError):

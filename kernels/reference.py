@@ -14,7 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headscope.kernels.errors import InputError, ShapeError
+from headscope.kernels.checks import check_call, check_sink, shown
+from headscope.kernels.errors import ShapeError
+from headscope.kernels.problem import Problem, Wanted
+from headscope.kernels.statistics import Statistics
 
 
 def scores(
@@ -68,7 +71,7 @@ def pattern(scores: Tensor, *, sink: Tensor | None = None) -> Tensor:
         ShapeError: scores without four axes, or a sink that is not [H].
     """
     if scores.dim() != 4:
-        raise ShapeError(f"scores are {_shape(scores)}; give [B, H, Q, K]")
+        raise ShapeError(f"scores are {shown(scores)}; give [B, H, Q, K]")
     if not scores.is_floating_point():
         raise ShapeError(f"scores are {scores.dtype}; give floating-point scores")
     check_sink(sink, scores.shape[1], scores.device)
@@ -112,11 +115,6 @@ def attend(
     return weights @ repeat_heads(v, q.shape[1]), weights
 
 
-def full_rank(tensor: Tensor | None) -> Tensor | None:
-    """A mask or bias with axes of 1 in front until there are four."""
-    return None if tensor is None else tensor[(None,) * (4 - tensor.dim())]
-
-
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """[B, G, K, D] -> [B, H, K, D]: each key/value head repeated for the query heads that share it; `x` itself if H = G."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
@@ -157,79 +155,85 @@ def finish_scores(
     return seen
 
 
-def check_call(
-    q: Tensor,
-    k: Tensor,
-    *,
-    v: Tensor | None = None,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    sink: Tensor | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> None:
-    """Everything that must hold between the parts of one call, checked once, at the border.
+def run(problem: Problem, wanted: Wanted) -> tuple[Tensor | None, Statistics]:
+    """Output and statistics of a whole attention from their definitions, dense, in float64.
 
-    Raises:
-        ShapeError: tensors whose shapes, dtypes or devices do not fit together.
-        InputError: a softcap or window that is not positive.
+    Args:
+        problem: what is computed on.
+        wanted: what is computed.
+
+    Returns:
+        The output [B, H, Q, V] in the dtype of q, and the statistics in float32, float64 for float64 inputs. Differentiable.
     """
-    if q.dim() != 4 or k.dim() != 4:
-        raise ShapeError(f"q is {_shape(q)} and k is {_shape(k)}; give q as [B, H, Q, D] and k as [B, G, K, D]")
-    if not q.is_floating_point():
-        raise ShapeError(f"q is {q.dtype}; attention needs floating-point queries and keys")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor is not None and (tensor.dtype != q.dtype or tensor.device != q.device):
-            raise ShapeError(
-                f"q is {q.dtype} on {q.device} and {name} is {tensor.dtype} on {tensor.device}; bring them to one dtype and one device"
-            )
-    batch, heads, queries, width = q.shape
-    groups, keys = k.shape[1], k.shape[2]
-    if k.shape[0] != batch:
-        raise ShapeError(f"q is {_shape(q)} and k is {_shape(k)}: batches of {batch} and {k.shape[0]}; they must be equal")
-    if k.shape[3] != width:
-        raise ShapeError(f"q is {_shape(q)} and k is {_shape(k)}: queries of width {width}, keys of width {k.shape[3]}; they must be equal")
-    if groups == 0 or heads % groups:
-        raise ShapeError(
-            f"q is {_shape(q)} and k is {_shape(k)}: {heads} query heads cannot share {groups} key/value heads; H must be a multiple of G"
-        )
-    if v is not None and (v.dim() != 4 or v.shape[:3] != k.shape[:3]):
-        raise ShapeError(f"v is {_shape(v)} beside k {_shape(k)}; give v as [{batch}, {groups}, {keys}, V]")
-    if mask is not None and mask.dtype != torch.bool:
-        raise ShapeError(f"mask is {mask.dtype}; give a bool mask (True = may be seen), or pass numbers to be added as bias")
-    if bias is not None and not bias.is_floating_point():
-        raise ShapeError(f"bias is {bias.dtype}; give floating-point numbers to be added to the scores, or pass a bool tensor as mask")
-    for name, tensor in (("mask", mask), ("bias", bias)):
-        if tensor is not None:
-            _check_broadcast(name, tensor, (batch, heads, queries, keys), q.device)
-    check_sink(sink, heads, q.device)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise InputError(f"softcap {softcap}: give a positive number, or None for no cap")
-    if window is not None and window < 1:
-        raise InputError(f"window {window}: give at least 1 (each query sees itself), or None for no window")
+    _, heads, queries, keys = problem.shape
+    q, k = problem.q.double(), repeat_heads(problem.k.double(), heads)
+    seen = q @ k.transpose(-2, -1) * problem.head_scales(torch.float64)[:, None, None]  # [B, H, Q, K]
+    if problem.softcap is not None:
+        seen = problem.softcap * torch.tanh(seen / problem.softcap)
+    if problem.bias is not None:
+        seen = seen + problem.bias.double()
+    if problem.key_bias is not None:
+        seen = seen + problem.key_bias.double()[:, :, None]
+    if problem.mask is not None:
+        seen = seen.masked_fill(~problem.mask, float("-inf"))
+    key = torch.arange(keys, device=q.device)
+    seen = seen.masked_fill((key < problem.first[:, None]) | (key >= problem.stop[:, None]), float("-inf"))
+
+    seen = seen.masked_fill(torch.isposinf(seen), torch.nan)  # it has no softmax
+
+    dead = torch.isneginf(seen).all(dim=-1)  # [B, H, Q]
+    broken = seen.isnan().any(dim=-1)
+    alone = pattern(seen)  # over the real keys
+    weights = alone if problem.sink is None else pattern(seen, sink=problem.sink.double())
+    found: dict[str, Tensor] = {}
+    if keys:
+        found["max_score"] = seen.amax(dim=-1)
+        found["p_max"] = weights.amax(dim=-1)
+        found["argmax"] = seen.argmax(dim=-1).masked_fill(dead | broken, -1)  # the lowest key on a tie
+    else:
+        nothing = seen.sum(dim=-1)
+        found |= {"max_score": nothing - torch.inf, "p_max": nothing, "argmax": nothing.long() - 1}
+    found["lse"] = torch.logsumexp(seen.masked_fill(dead[..., None], 0.0), dim=-1).masked_fill(dead, float("-inf"))
+    found["entropy"] = _entropy(alone)
+    found["sum_squares"] = alone.square().sum(dim=-1)
+    found["received"] = weights.sum(dim=-2)
+    result = {name: found[name] for name in wanted.names}
+    if wanted.tile is not None:
+        result["pooled"] = _tile_mass(weights, wanted.tile)
+    if problem.features is not None:
+        result["moments"] = weights @ problem.features.double()
+    if wanted.rows is not None:
+        result["rows"] = weights[:, :, list(wanted.rows)]
+    if wanted.top:
+        result["top_keys"], result["top_weights"] = _top(weights, seen, wanted.top)
+    made = {name: value if value.dtype == torch.int64 else value.to(problem.precision) for name, value in result.items()}
+    output = None
+    if problem.v is not None:
+        output = weights @ repeat_heads(problem.v.double(), heads)
+        if problem.gate is not None:
+            output = output * problem.gate.double()[:, None, None]
+        output = output.to(problem.q.dtype)
+    return output, Statistics(**made)
 
 
-def check_sink(sink: Tensor | None, heads: int, device: torch.device) -> None:
-    """A sink is one floating-point number per query head, on the device of the scores.
-
-    Raises:
-        ShapeError: it is not.
-    """
-    if sink is None:
-        return
-    if sink.dim() != 1 or sink.shape[0] != heads or not sink.is_floating_point():
-        raise ShapeError(f"sink is {_shape(sink)} of {sink.dtype}; give one floating-point number per query head, [{heads}]")
-    if sink.device != device:
-        raise ShapeError(f"sink is on {sink.device} and the scores are on {device}; bring them to one device")
+def _entropy(p: Tensor) -> Tensor:
+    """-Σ p log p; 0 log 0 is 0, and so is its gradient."""
+    positive = p.masked_fill(p == 0, 1.0)
+    return -(positive * positive.log()).sum(dim=-1)
 
 
-def _check_broadcast(name: str, tensor: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> None:
-    fits = tensor.dim() <= 4 and all(given in (1, wanted) for given, wanted in zip(reversed(tensor.shape), reversed(shape), strict=False))
-    if not fits:
-        raise ShapeError(f"{name} is {_shape(tensor)}; it must broadcast to [B, H, Q, K] = {list(shape)}")
-    if tensor.device != device:
-        raise ShapeError(f"{name} is on {tensor.device} and q is on {device}; bring them to one device")
+def _tile_mass(weights: Tensor, tile: int) -> Tensor:
+    queries, keys = weights.shape[2:]
+    rows, columns = -(-queries // tile), -(-keys // tile)
+    full = torch.nn.functional.pad(weights, (0, columns * tile - keys, 0, rows * tile - queries))
+    return full.reshape(*weights.shape[:2], rows, tile, columns, tile).sum(dim=(3, 5))
 
 
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
+def _top(weights: Tensor, seen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Keys [B, H, Q, t] and probabilities, largest first; a stable sort leaves the lowest key first on a tie."""
+    short = max(0, count - seen.shape[-1])
+    order = torch.nn.functional.pad(seen, (0, short), value=-torch.inf).argsort(dim=-1, descending=True, stable=True)[..., :count]
+    missing = torch.nn.functional.pad(torch.isneginf(seen), (0, short), value=True).gather(-1, order)
+    broken = seen.isnan().any(dim=-1, keepdim=True)
+    found = torch.nn.functional.pad(weights, (0, short)).gather(-1, order)
+    return order.masked_fill(missing | broken, -1), found.masked_fill(missing & ~broken, 0.0).masked_fill(broken, torch.nan)

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from headscope.kernels import statistics as kernels
 from headscope.kernels.errors import ClosedError, SelectionError, StoreError
-from headscope.kernels.statistics import Statistics
+from headscope.kernels.panels import OF_SCORES
+from headscope.kernels.statistics import NAMES, Statistics
 from headscope.probe.call import AttentionCall, AttentionSite
 from headscope.probe.keep import Keep, readable
-from headscope.probe.record import STATISTIC, Record, spoken, stored_bytes
-from headscope.probe.recorder import Recorder, compact
+from headscope.probe.record import STATISTIC, Record, compact, spoken, stored_bytes
+from headscope.probe.recorder import Recorder
 from headscope.probe.store import Store, write
 
 if TYPE_CHECKING:
@@ -269,9 +269,8 @@ class Capture:
                     tensors[name] = record.operand(name)
             if record.replay is not None:  # the model's own code is not saved, so what it made is
                 tensors.setdefault("pattern", record.pattern(None, None))
-                lse = record.computed(None, ("lse",), None).lse
-                if lse is not None:
-                    tensors.setdefault(STATISTIC + "lse", lse)
+                for name, tensor in record.computed(None, sorted(OF_SCORES), None).tensors().items():
+                    tensors.setdefault(STATISTIC + name, tensor)
             shards[shard] = {n: t.detach() for n, t in tensors.items()}
             calls.append({
                 "site": record.site.to_dict(), "step": record.step, "heads": None if record.heads is None else list(record.heads),
@@ -351,9 +350,7 @@ class Capture:
         for (name, step), record in self.records.items():
             value = record.pattern(None, None) if what == "pattern" else getattr(record.statistics(None, None), what, None)
             if value is None:
-                raise SelectionError(
-                    f"no {what!r} of {name}: choose pattern or one of {', '.join((*kernels.NAMES, 'pooled'))}, and keep it"
-                )
+                raise SelectionError(f"no {what!r} of {name}: choose pattern or one of {', '.join((*NAMES, 'pooled'))}, and keep it")
             values[name, step] = value
         last = {"pattern": ["query", "key"], "pooled": ["query tile", "key tile"], "received": ["key"]}.get(what, ["query"])
         batches = {value.shape[0] for value in values.values()}

@@ -22,7 +22,7 @@ class Keep:
         pattern: the full map, [B, H, Q, K]: O(N²) bytes per head.
         rows: query positions whose exact pattern rows are kept; negative positions count from the end.
         pooled: side t of the tiles of a pooled map, [B, H, ⌈Q/t⌉, ⌈K/t⌉] (mass per tile).
-        statistics: True for all, or names out of lse, entropy, p_max, argmax, sum_squares, received.
+        statistics: True for all, or names out of lse, entropy, p_max, argmax, max_score, sum_squares, received.
         v, scores, z: values; scores before the normaliser (O(N²)); per-head output before the output projection.
         device: where kept tensors go, for example "cpu"; None leaves them where they are.
         dtype: to which kept floating-point tensors are converted; None keeps the model's.

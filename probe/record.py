@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from headscope.kernels import blockwise, reference
-from headscope.kernels import statistics as kernels
+from headscope.kernels.attention import attention
 from headscope.kernels.errors import SelectionError
-from headscope.kernels.statistics import Statistics
+from headscope.kernels.panels import OF_SCORES, statistics_of_pattern
+from headscope.kernels.statistics import NAMES, Statistics
 from headscope.probe.call import AttentionCall, AttentionSite, Replay
 from headscope.probe.store import Store
 
@@ -39,7 +40,10 @@ class Terms:
         """The terms of a call; with `heads`, of these query heads only, keys repeated as they need them."""
 
         def cut(tensor: Tensor | None) -> Tensor | None:
-            return tensor if tensor is None or heads is None or tensor.shape[1] == 1 else tensor[:, list(heads)]
+            if tensor is None:
+                return None
+            once = compact(tensor)  # a mask expanded over heads or queries would be written out by the choice of heads
+            return once if heads is None or once.shape[1] == 1 else once[:, list(heads)]
 
         q, k, sink = call.q, call.k, call.sink
         if heads is not None:
@@ -64,17 +68,21 @@ class Terms:
 
     def rows(self, queries: Sequence[int]) -> Tensor:
         """[B, H, len(queries), K], without the rest of the map."""
-        return kernels.rows(
-            self.q, self.k, queries, scale=self.scale, bias=self.bias, mask=self.mask, is_causal=self.is_causal, softcap=self.softcap,
-            sink=self.sink,
-        )  # fmt: skip
+        rows = self._attend((), rows=queries).rows
+        assert rows is not None
+        return rows
 
     def statistics(self, want: Sequence[str], pooled: int | None) -> Statistics:
         """Without the map."""
-        return kernels.statistics(
-            self.q, self.k, scale=self.scale, bias=self.bias, mask=self.mask, is_causal=self.is_causal, softcap=self.softcap,
-            sink=self.sink, want=want, pooled=pooled,
+        return self._attend(want, pooled=pooled)
+
+    def _attend(self, keep: Sequence[str], *, rows: Sequence[int] | None = None, pooled: int | None = None) -> Statistics:
+        found: Statistics
+        _, found = attention(
+            self.q, self.k, None, keep=keep, scale=self.scale, causal=self.is_causal, offset=0, softcap=self.softcap, bias=self.bias,
+            mask=self.mask, sink=self.sink, rows=rows, pooled=pooled,
         )  # fmt: skip
+        return found
 
 
 @dataclass(eq=False)
@@ -174,7 +182,7 @@ class Record:
         kept = {name.removeprefix(STATISTIC): self.get(name, places) for name in names}
         if pooled is not None and pooled != self.tile:
             kept.pop("pooled", None)
-        missing = [name for name in kernels.NAMES if name not in kept]
+        missing = [name for name in NAMES if name not in kept]
         tile = None if "pooled" in kept else pooled
         if not (self.has("pattern") or self.has("q")):
             if not kept or tile is not None:
@@ -189,10 +197,10 @@ class Record:
         """Statistics computed now, from the pattern or from q and k."""
         if self.has("pattern"):
             scores = self.get("scores", places) if self.has("scores") else None
-            return kernels.statistics_of_pattern(self.get("pattern", places), want, tile, scores)
+            return statistics_of_pattern(self.get("pattern", places), want, tile, scores)
         if self.replay is not None:
-            scores = self._replayed(self.replay.scores, places) if "lse" in want else None
-            return kernels.statistics_of_pattern(self._replayed(self.replay.pattern, places), want, tile, scores)
+            scores = None if OF_SCORES.isdisjoint(want) else self._replayed(self.replay.scores, places)
+            return statistics_of_pattern(self._replayed(self.replay.pattern, places), want, tile, scores)
         return self._terms(places).statistics(want, tile)
 
     def scores(self, places: list[int] | None) -> Tensor:
@@ -259,6 +267,11 @@ def positions(rows: Sequence[int], count: int) -> list[int]:
         if not -count <= row < count:
             raise SelectionError(f"no query position {row}: this call has {count}, 0 to {count - 1}")
     return [int(row) % count for row in rows]
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """What an expanded tensor repeats, once: its dimensions of stride 0 become size 1 again."""
+    return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
 
 
 def stored_bytes(tensor: Tensor) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headscope.kernels import statistics as kernels
 from headscope.kernels.errors import BudgetError, NonFiniteError, NotIntercepted, SelectionError
+from headscope.kernels.panels import OF_SCORES, statistics_of_pattern
 from headscope.probe.call import AttentionCall
 from headscope.probe.keep import Keep, free_memory, readable
-from headscope.probe.record import STATISTIC, Record, Terms, check_head, positions, stored_bytes
+from headscope.probe.record import STATISTIC, Record, Terms, check_head, compact, positions, stored_bytes
 
 
 class Recorder:
@@ -72,7 +72,7 @@ class Recorder:
 
     def _put_extra(self, record: Record, name: str, extra: Tensor) -> None:
         """Keep a mask, bias or sink: a copy, since many models fill one mask again at every step, but one for all layers."""
-        kept = extra if self.keep.gradient else compact(extra.detach())
+        kept = extra if self.keep.gradient else extra.detach()
         kept = kept if self.keep.device is None else kept.to(self.keep.device)
         if not self.keep.gradient:
             alike = (x for x in self.extras[-4:] if x.shape == kept.shape and x.dtype == kept.dtype)
@@ -97,7 +97,7 @@ class Recorder:
             self._put(record, "k", call.k if whole else self._shared(call.k, call))
             for name, extra in (("mask", call.mask), ("bias", call.bias)):
                 if extra is not None:
-                    self._put_extra(record, name, self._chosen(extra))
+                    self._put_extra(record, name, self._chosen(compact(extra)))
             if call.sink is not None:
                 self._put_extra(record, "sink", call.sink if self.heads is None else call.sink[list(self.heads)])
         if keep.v and call.v is not None:
@@ -125,10 +125,10 @@ class Recorder:
         if keep.wanted_statistics or keep.pooled:
             if terms is None and pattern is not None:
                 scores = call.materialised_scores
-                if scores is None and call.replay is not None and "lse" in keep.wanted_statistics:
+                if scores is None and call.replay is not None and not OF_SCORES.isdisjoint(keep.wanted_statistics):
                     scores = call.replay.scores(call.q, call.k)
                 scores = None if scores is None else self._chosen(scores)
-                found = kernels.statistics_of_pattern(pattern, want=keep.wanted_statistics, pooled=keep.pooled, scores=scores)
+                found = statistics_of_pattern(pattern, want=keep.wanted_statistics, pooled=keep.pooled, scores=scores)
             else:
                 found = _need(terms).statistics(keep.wanted_statistics, keep.pooled)
             for name, tensor in found.tensors().items():
@@ -152,7 +152,7 @@ class Recorder:
         need = {
             "the pattern": cells * size * (keep.pattern or (keep.queries_and_keys and not call.told)),
             "scores": cells * size * keep.scores,
-            "rows": wide * call.keys * len(keep.rows or ()) * size,
+            "rows": wide * call.keys * len(keep.rows or ()) * exact,
             "the pooled map": wide * tiles * exact,
             "statistics": wide * sum(sizes),
             "q and k": operands * size * (keep.queries_and_keys and (call.told or bool(keep.qk))),
@@ -183,11 +183,6 @@ def _scores(call: AttentionCall) -> Tensor:
     if not call.told:
         raise SelectionError(f"{call.site.name} ({call.site.mechanism}) has no scores to keep: keep its pattern, or name other sites")
     return Terms.of(call).scores()
-
-
-def compact(tensor: Tensor) -> Tensor:
-    """What an expanded tensor repeats, once: its dimensions of stride 0 become size 1 again."""
-    return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
 
 
 def _check_finite(call: AttentionCall) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels import reference
+from headscope.kernels.checks import full_rank
 from headscope.probe.call import AttentionCall
 from headscope.probe.interception.axes import Atom, Axes
 from headscope.probe.interception.candidate import Candidate, Grouping, describe, expand_batch, head_count
@@ -202,7 +203,7 @@ def _edited(
         if added is not zero:
             call.bias = added if call.bias is None else call.bias + added
             if call.bias.ndim < 4:
-                call.bias = reference.full_rank(call.bias)
+                call.bias = full_rank(call.bias)
     if stages & {"scores", "pattern"}:
         return dense(session, call, stages, fold, float(bound.get("dropout_p", 0.0)))
     new = dict(bound)

@@ -11,10 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from headscope.interventions import Edit, Plan, add, bias, call, scale, select
 from headscope.kernels.errors import BudgetError, ClosedError, InputError, SelectionError, StoreError
-from headscope.probe import Capture, Keep, Probe
+from headscope.probe import AttentionCall, Capture, Keep, Probe
+from headscope.probe.record import Record
+from headscope.probe.recorder import Recorder
 from headscope.probe.store import Store
 from tests.probe.written import HEADS, LENGTH, WAYS, Attention, Net, Way, arguments, inputs, net, pooled, products, statistics, twins
 
@@ -504,6 +507,89 @@ def test_memory_that_is_shared_is_counted_once_and_a_view_is_not_counted_for_the
     assert captured(model).nbytes == 2 * inputs().numel() * 8 + mask
     causal = captured(net("fused with a bool mask"))
     assert causal.nbytes == 4 * inputs().numel() * 8 + LENGTH * LENGTH
+
+
+# -- no map -----------------------------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operator makes below autograd, in bytes of its own memory."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, (tuple, list)) else [result]
+        self.nbytes = max([self.nbytes, *(t.untyped_storage().nbytes() for t in made if isinstance(t, Tensor))])
+        return result
+
+
+def without_map(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=m.way.causal)
+
+
+def padded_everywhere(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    padding = (torch.arange(k.shape[2]) < k.shape[2] - 9)[None, None, None]  # [1, 1, 1, K]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=padding.expand(q.shape[0], HEADS, q.shape[2], k.shape[2]))
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [Keep(statistics=True), Keep(pooled=64), Keep(rows=[0, -1]), Keep(statistics=True, pooled=64, rows=[5]), Keep()],
+    ids=["statistics", "pooled", "rows", "all three", "q and k"],
+)
+@pytest.mark.parametrize("attend", [without_map, padded_everywhere], ids=["causal", "padded"])
+@pytest.mark.parametrize("heads", [None, [2, 0]])
+@pytest.mark.parametrize("implementation", ["as chosen", "blockwise"])
+def test_looking_never_makes_a_map(
+    keep: Keep, attend: Any, heads: list[int] | None, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = 2048
+    if implementation == "blockwise":
+        monkeypatch.setenv("HEADSCOPE_CPU_KERNEL", "0")
+    model = net(Way(attend, causal=attend is without_map), layers=1).float()
+    largest, record = Largest(), Recorder.record
+
+    def watched(self: Recorder, call: AttentionCall) -> Record:  # what torch's own kernel makes of a mask is left out
+        with largest:
+            return record(self, call)
+
+    monkeypatch.setattr(Recorder, "record", watched)
+    seen = captured(model, keep, run=(inputs(1, tokens).float(),), heads=heads)
+    with largest:
+        if keep == Keep():
+            assert seen.statistics(0).entropy is not None
+            seen.pattern(0, rows=[-1, 3])
+            seen.pooled(0, tile=128)
+    assert 0 < largest.nbytes <= tokens * tokens  # one head's map in a byte a cell; in float32 it takes four times as many
+
+
+@pytest.mark.parametrize("heads", [None, [3, 1]])
+def test_a_padding_mask_that_is_spread_over_heads_and_queries_is_kept_as_it_was_written(heads: list[int] | None) -> None:
+    tokens = 64
+    model = net(Way(padded_everywhere), layers=2)
+    run = (inputs(2, tokens),)
+    seen, rest = captured(model, run=run, heads=heads), captured(net("fused", layers=2), run=run, heads=heads)
+    assert seen.nbytes - rest.nbytes == tokens  # one bool per key, for both layers
+    kept = captured(model, Keep(pattern=True, statistics=True), run=run, heads=heads)
+    assert float(kept.pattern(0)[..., -9:].abs().sum()) == 0
+    torch.testing.assert_close(seen.pattern(0), kept.pattern(0), **TIGHT)
+    for name, value in kept.statistics(0).tensors().items():
+        same(getattr(seen.statistics(0), name), value, name)
+
+
+@pytest.mark.parametrize("way", ["fused causal", "fused with a float mask", "fused grouped by expand"])
+def test_single_precision_takes_the_chosen_kernel_and_agrees_with_double(way: str) -> None:
+    exact, model = net(way, layers=1), net(way, layers=1).float()
+    run = arguments(exact)
+    single = tuple(x.float() if x.is_floating_point() else x for x in run)
+    keep = Keep(statistics=True, pooled=3, rows=[0, -1])
+    found, expected = captured(model, keep, run=single), captured(exact, keep, run=run)
+    for name, value in expected.statistics(0).tensors().items():
+        number = found.statistics(0).tensors()[name]
+        assert number.dtype == (torch.int64 if name == "argmax" else torch.float32)
+        torch.testing.assert_close(number.double(), value.double(), atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(found.pattern(0).double(), expected.pattern(0), atol=1e-6, rtol=0)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------------------------

@@ -269,6 +269,7 @@ def statistics(pattern: Tensor, scores: Tensor) -> dict[str, Tensor]:
         "entropy": -(share * torch.where(share > 0, share, 1.0).log()).sum(-1),
         "p_max": pattern.max(-1).values,
         "argmax": pattern.argmax(-1),
+        "max_score": scores.max(-1).values,
         "sum_squares": (share**2).sum(-1),
         "received": pattern.sum(-2),
     }
