@@ -174,7 +174,7 @@ def test_the_wheel_holds_all_code_models_and_assets_and_nothing_else(tmp_path: P
         for path in (ROOT / package).rglob("*")
         if path.is_file()
         and "__pycache__" not in path.parts
-        and (path.suffix in (".py", ".json") or path.name == "py.typed" or {"assets", "embedded"} & set(path.parts))
+        and (path.suffix in (".py", ".json", ".c") or path.name == "py.typed" or {"assets", "embedded"} & set(path.parts))
     }
     assert held == expected
     assert {"headscope/probe/embedded/lm/model.safetensors", "headscope/probe/embedded/vit/model.safetensors"} <= held
