@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from headscope.kernels.errors import HeadscopeError, InputError
 
-KEEPS = ("qk", "pattern", "statistics", "v", "scores", "z")
+KEEPS = ("qk", "pattern", "statistics", "pooled", "v", "scores", "z")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,19 +63,24 @@ def _parser() -> argparse.ArgumentParser:
     capture = _command(
         commands,
         "capture",
-        "model_commands",
-        "run a model and keep its attention in a folder, or read a head back from one",
-        'headscope capture --model embedded:lm --text "The cat sat" --out run\n         headscope capture --show run --layer 3 --head 5',
+        "capture_command",
+        "run a model and sum up its heads, draw them or keep them in a folder, or read a head back from one",
+        "headscope capture --model embedded:lm --tokens 4096 --keep statistics --png heads.png\n"
+        '         headscope capture --model embedded:lm --text "The cat sat" --out run\n'
+        "         headscope capture --show run --layer 3 --head 5",
     )
     _model(capture)
     _input(capture)
+    capture.add_argument("--tokens", type=int, metavar="N", help="repeat or cut the text to exactly N tokens")
     capture.add_argument("--out", metavar="DIR", help="folder to write; it is whole or absent")
     capture.add_argument(
         "--keep",
         action="append",
         metavar="WHAT",
-        help=f"what to keep, several with commas: {', '.join(KEEPS)}; by default qk, from which patterns are computed when read",
+        help=f"what to keep, several with commas: {', '.join(KEEPS)}; with --out by default qk, from which patterns are computed when "
+        "read; without --out, statistics are printed",
     )
+    capture.add_argument("--tile", type=int, metavar="T", help="side of the tiles of pooled maps (default: at most 256 tiles a side)")
     capture.add_argument("--sites", action="append", metavar="GLOB", help="only sites of this name, such as '*layers.3*'; may be repeated")
     capture.add_argument("--layers", metavar="LIST", help="only these layers, such as 0,2-4")
     capture.add_argument("--heads", metavar="LIST", help="only these heads, such as 0,5")
@@ -86,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     capture.add_argument("--head", type=int, metavar="N", help="with --show: the head")
     capture.add_argument("--step", type=int, metavar="N", help="with --show: which call, where there were several")
     capture.add_argument("--rows", metavar="LIST", help="with --show: only these queries, such as 0,10-12")
-    capture.add_argument("--png", metavar="FILE", help="with --show: also write the pattern as a picture")
+    capture.add_argument("--png", metavar="FILE", help="write a picture: of all heads, pooled; with --show of that head")
 
     edit = _command(
         commands,

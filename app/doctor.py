@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 import platform
@@ -29,7 +28,12 @@ OPTIONAL = (  # distribution, module, what it enables
     ("pandas", "pandas", "tables: to_frame()"),
     ("playwright", "playwright", "browser tests"),
 )
-KERNELS = (("reference", "dense, readable"), ("blockwise", "patterns by query panels"), ("statistics", "row statistics in O(N) memory"))
+KERNELS = {
+    "triton": "fused kernels for GPUs",
+    "cpu": "C between the matrix products",
+    "blockwise": "query panels in torch, any device, differentiable",
+    "reference": "dense, in float64: what the others are tested against",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": _devices(),
-        "kernels": [_kernel(name, purpose) for name, purpose in KERNELS],
+        "kernels": _kernels(),
         "mechanisms": _mechanisms(),
         "optional": [
             {"name": name, "version": _version(name) if importlib.util.find_spec(module) else None, "enables": purpose}
@@ -114,12 +118,30 @@ def _devices() -> list[dict[str, str]]:
     return rows
 
 
-def _kernel(name: str, purpose: str) -> dict[str, str]:
-    try:
-        importlib.import_module(f"headscope.kernels.{name}")
-    except ImportError as error:
-        return {"name": name, "state": f"unusable ({error})", "purpose": purpose}
-    return {"name": name, "state": "usable", "purpose": purpose}
+def _kernels() -> list[dict[str, str]]:
+    """Each implementation of `attention`: whether it can do a small float32 call on the best device here, and which one runs it."""
+    import torch
+
+    from headscope.kernels.choose import choose
+    from headscope.kernels.cpu import build
+    from headscope.kernels.errors import InputError
+    from headscope.kernels.problem import Wanted, make_problem
+    from headscope.kernels.statistics import NAMES
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    call = make_problem(*torch.zeros(3, 1, 2, 8, 16, device=device), causal=True)
+    wanted = Wanted(frozenset(NAMES), tile=4)
+    chosen = choose(call, wanted)
+    rows = []
+    for name, purpose in KERNELS.items():
+        try:
+            state = f"usable, runs float32 on {device}" if choose(call, wanted, name) is chosen else "usable"
+        except InputError as error:
+            reason = str(error).removeprefix(f"implementation {name!r} cannot do this: ").partition("; choose another")[0]
+            state = f"unusable ({reason})"
+        built = f" ({build.state()[1]})" if name == "cpu" and build.state()[0] else ""
+        rows.append({"name": name, "state": state, "purpose": purpose + built})
+    return rows
 
 
 def _mechanisms() -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Attention as palette PNG: one picture for the whole grid of heads, one for a single head.
+"""Attention as palette PNG: one picture for the whole grid of heads, with names beside it or without, one for a single head.
 
 Letters: H heads, Q queries, K keys. Indices 0 to 254 of the palette run along cividis; 255 is transparent and stands for
 cells that the model masked, so that the page can hatch them instead of showing them as a small probability.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from headscope.kernels.errors import InputError
 
@@ -23,6 +23,9 @@ TOP = 254
 SCALES = ("linear", "sqrt", "log")
 LOG_FLOOR = 1e-6  # the log scale runs from here to 1
 GAP = 2  # pixels between two thumbnails
+SMALLEST = 96  # pixels of a map's longer side in an atlas, at least
+MARGIN = 12  # pixels around the names of an atlas
+GREY = 127  # the middle of the palette: can be read on white and on black
 
 # Cividis (Nuñez, Anderton, Renslow 2018), every fifth of its 256 colours.
 STOPS = [
@@ -128,11 +131,54 @@ def grid(heads: Sequence[Sequence[Floats]], scale: str) -> bytes:
     return encode(indices(sheet, scale))
 
 
+def atlas(heads: Sequence[Sequence[Floats]], names: Sequence[str], scale: str) -> bytes:
+    """A PNG of all heads for people to look at: as `grid`, with the names of the sites at the left and the heads' numbers on top.
+
+    Args:
+        heads: for each site the maps of its heads, [Q, K], of any size; a cell becomes a square of whole pixels.
+        names: of the sites.
+        scale: one of `SCALES`.
+    """
+    larger = max(max(picture.shape) for row in heads for picture in row)
+    enlarged = [[_enlarge(picture, -(-SMALLEST // larger)) for picture in row] for row in heads]
+    high, wide = (max(picture.shape[axis] for row in enlarged for picture in row) for axis in (0, 1))
+    letters = max(14, wide // 12)
+    font = ImageFont.load_default(letters)
+    left = int(max(font.getlength(name) for name in names)) + 2 * MARGIN
+    top = letters + 2 * MARGIN
+    step_down, step_right = high + 4 * GAP, wide + 4 * GAP
+    sheet = np.full((top + len(heads) * step_down, left + max(len(row) for row in heads) * step_right), np.nan, dtype=np.float32)
+    for i, row in enumerate(enlarged):
+        for j, picture in enumerate(row):
+            y, x = top + i * step_down, left + j * step_right
+            sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+    image = _image(indices(sheet, scale))
+    pen = ImageDraw.Draw(image)
+    for i, name in enumerate(names):
+        pen.text((MARGIN, top + i * step_down + high / 2), name, fill=GREY, font=font, anchor="lm")
+    for j in range(max(len(row) for row in heads)):
+        pen.text((left + j * step_right + wide / 2, top / 2), f"head {j}", fill=GREY, font=font, anchor="mm")
+    return _png(image)
+
+
 def encode(cells: Indices) -> bytes:
     """Palette indices [rows, columns] as a PNG with transparency for masked cells."""
+    return _png(_image(cells))
+
+
+def _enlarge(cells: Floats, times: int) -> Floats:
+    larger: Floats = cells.repeat(times, axis=0).repeat(times, axis=1)
+    return larger
+
+
+def _image(cells: Indices) -> Image.Image:
     image = Image.new("P", (cells.shape[1], cells.shape[0]))
     image.frombytes(np.ascontiguousarray(cells).tobytes())
     image.putpalette(palette().tobytes())
+    return image
+
+
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1, transparency=MASKED)
     return buffer.getvalue()

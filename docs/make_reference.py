@@ -26,6 +26,13 @@ FURTHER = {
     "interventions": ["activation:Activation", "cost:PlanCost", "cost:EditCost", "cost:SiteCost"],
 }  # fmt: skip
 
+# The modules of kernels/ that are for others to call, in the order of the page, and which of their names; None for all.
+KERNELS: dict[str, list[str] | None] = {
+    "attention": None, "statistics": ["Statistics"], "relevance": ["relevance"], "backward": ["Relevance"], "identities": None,
+    "lse_attention": None, "problem": ["Problem", "make_problem", "Wanted"], "choose": ["choose"], "panels": ["statistics_of_pattern"],
+    "blockwise": ["pattern"], "reference": None,
+}  # fmt: skip
+
 # Names that stand in signatures for a longer type.
 ALIASES = {"Heads": "probe/capture.py", "IndicesLike": "interventions/select.py", "Source": "interventions/source.py"}
 PLUMBING = {"change", "finish", "reads", "see", "stages"}  # what an interception calls; told once, at Handler
@@ -81,10 +88,11 @@ def rooms() -> Iterator[tuple[str, str, list[Name]]]:
     """The parts of the page: a title, what to say first, and the names."""
     yield "headscope.probe", "", list(exported("probe"))
     yield "headscope.interventions", "", list(exported("interventions"))
-    for file in sorted((ROOT / "kernels").glob("*.py")):
-        if file.stem != "errors":
-            title = f"headscope.kernels.{file.stem}"
-            yield title, ast.get_docstring(tree(file)) or "", [Name(node.name, title, file, node) for node in public(file)]
+    for module, names in KERNELS.items():
+        title, file = f"headscope.kernels.{module}", ROOT / "kernels" / f"{module}.py"
+        found = definitions(file)
+        chosen = [node.name for node in public(file)] if names is None else names
+        yield title, ast.get_docstring(tree(file)) or "", [Name(name, title, file, found[name]) for name in chosen]
 
 
 def alias(name: str) -> str:

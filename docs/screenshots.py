@@ -1,4 +1,4 @@
-"""Write docs/images/workbench.png and workbench-dark.png: the workbench on a model, in Chromium.
+"""Write docs/images: heads.png, all heads of a model over a long text, then the workbench on it, light and dark, in Chromium.
 
 python docs/screenshots.py [--model embedded:lm] [--out docs/images]
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 import uvicorn
 from playwright.sync_api import Page, sync_playwright
 
+from headscope.app import cli
 from headscope.app.engine import Engine
 from headscope.app.server import build, configuration, listen
 
@@ -35,6 +36,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    long_text = ["--model", options.model, "--tokens", "4096", "--keep", "statistics", "--tile", "32"]
+    if cli.main(["capture", *long_text, "--png", str(options.out / "heads.png")]):
+        return 1
     listener = listen(0)
     workbench = build(lambda: Engine(options.model), port=int(listener.getsockname()[1]))
     server = uvicorn.Server(configuration(workbench))

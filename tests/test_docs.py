@@ -31,11 +31,11 @@ from headscope.interventions import Plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "probe/embedded").glob("*/README.md")])
-RUN = [ROOT / "README.md", *sorted((ROOT / "docs/guides").glob("*.md")), *sorted((ROOT / "docs/math").glob("*.md"))]
+RUN = [ROOT / "README.md", ROOT / "docs/kernels.md", *sorted([*(ROOT / "docs/guides").glob("*.md"), *(ROOT / "docs/math").glob("*.md")])]
 LM = ROOT / "probe/embedded/lm/model.safetensors"
 NO_LM = "embedded:lm has no weights yet: make train"
 HEAVY = {"diffusers", "peft", "torch_geometric", "transformer_lens"}
-MADE = {"docs/images/workbench.png": "python docs/screenshots.py"}  # what a command writes, and which
+MADE = dict.fromkeys(("docs/images/workbench.png", "docs/images/heads.png"), "python docs/screenshots.py")  # and what makes them
 
 FENCE = re.compile(
     r"^(?P<lead>(?:<!-- (?:setup\n.*?\n|(?:not run|file): [^\n]*)-->\n+)*)```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE

@@ -11,14 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from headscope.app.cli import main
 from headscope.interventions import Edit, Plan, scale, select
-from headscope.kernels.errors import HeadscopeError
-from headscope.probe import Capture, load
+from headscope.kernels.errors import HeadscopeError, InputError
+from headscope.probe import Capture, Keep, Probe, load
 from headscope.probe.models import embedded_folder, tokenize
 
 COMMANDS = ("sites", "capture", "edit", "app", "doctor")
@@ -93,8 +95,13 @@ def test_version_is_that_of_the_distribution(capsys: Shell) -> None:
         (["edit", "--scale", "3-5"], "write LAYER.HEAD=X"),
         (["edit", "--scale", "3.5=nan"], "write LAYER.HEAD=X"),
         (["edit", "--scale", "3.5=0", "--top", "0"], "--top 0"),
-        (["capture"], "--out DIR"),
+        (["capture"], "give --keep statistics to look at every head, --png FILE to draw them, --out DIR"),
         (["capture", "--out", "x", "--show", "y"], "--out DIR"),
+        (["capture", "--keep", "qk"], "--keep qk is kept in a folder: give --out DIR"),
+        (["capture", "--keep", "pooled"], "--keep pooled is kept in a folder: give --out DIR, or --png FILE"),
+        (["capture", "--keep", "statistics", "--tokens", "0"], "--tokens 0: give a number from 1 up"),
+        (["capture", "--png", "x.png", "--tile", "0"], "--tile 0: the side of a tile"),
+        (["capture", "--keep", "statistics", "--tile", "4"], "--png FILE or --keep pooled"),
         (["capture", "--out", "x", "--keep", "everything"], "there are qk, pattern"),
         (["capture", "--out", "x", "--layers", "1-"], "give numbers such as"),
         (["capture", "--out", "x", "--layers", "4-2"], "2 is less than 4"),
@@ -121,6 +128,9 @@ def test_bad_arguments_get_one_line_and_exit_code_two(arguments: list[str], reas
         (["edit", "--text", "x", "--recipe", "nowhere.yaml"], "no recipe 'nowhere.yaml'"),
         (["edit", "--text-file", "nowhere.txt", "--scale", "3.5=0"], "cannot be read"),
         (["edit", "--image", "3", "--scale", "3.5=0"], "--image is for embedded:vit"),
+        (["capture", "--keep", "statistics", "--tokens", "257"], "--tokens 257: the context window of this model is 256 tokens"),
+        (["capture", "--keep", "statistics", "--text", "", "--tokens", "9"], "the tokenizer makes no token of ''"),
+        (["capture", "--keep", "statistics", "--text", "\udcff", "--tokens", "9"], "UTF-8"),
         (["sites", "--device", "quantum"], "no device 'quantum'"),
         (["sites", "--dtype", "int8"], "float"),
     ],
@@ -200,6 +210,123 @@ def test_a_capture_keeps_what_is_asked_and_overwrites_only_when_told(tiny: Path,
     assert "no query 9" in refused(capsys, "capture", "--show", folder, "--layer", 3, "--head", 5, "--rows", 9)
 
 
+def test_heads_are_summed_up_without_a_folder(tiny: Path, tmp_path: Path, capsys: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = read(capsys, "capture", "--model", tiny, "--text", "hello", "--tokens", 12, "--keep", "statistics")
+    assert not list(tmp_path.iterdir())
+    assert (found["schema"], found["tokens"], len(found["heads"])) == ("headscope.heads/v1", 12, 48)
+    assert found["seconds"] > 0
+    assert found["peak_bytes"] >= 0
+    model, tokenizer = load(tiny)
+    with torch.no_grad(), Probe(model).capture(Keep(pattern=True, scores=True)) as seen:
+        model(**tokenize(tokenizer, "hellohellohe", model))
+    for head in found["heads"]:
+        pattern = seen.pattern(head["layer"], heads=head["head"])[0, 0].double()
+        received = pattern.sum(0)
+        assert head["entropy"] == pytest.approx(float(-torch.xlogy(pattern, pattern).sum(-1).mean()), abs=1e-5)
+        assert head["p_max"] == pytest.approx(float(pattern.amax(-1).mean()), abs=1e-5)
+        assert float(received[head["key"]]) == pytest.approx(float(received.max()), abs=1e-5)
+        assert head["share"] == pytest.approx(float(received.max()) / 12, abs=1e-5)
+        assert head["max_score"] == pytest.approx(float(seen.scores(head["layer"])[0, head["head"]].max()), abs=1e-4)
+    table = said(capsys, "capture", "--model", tiny, "--tokens", 12, "--keep", "statistics", "--layers", 2, "--heads", "1,5")
+    lines = table.splitlines()
+    assert [line.split()[:2] for line in lines[2:4]] == [["2", "1"], ["2", "5"]]
+    assert re.fullmatch(
+        r"2 heads, 12 tokens: \d+\.\d\d s, memory in use grew by at most \S+ \w+; their whole maps in float32 would be 1.1 KiB", lines[-1]
+    )
+
+
+def test_a_site_that_runs_twice_has_a_line_for_each_time(tiny: Path, capsys: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headscope.app import case
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(4, 12)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            x = nn.functional.one_hot(input_ids % 4, 4).float()[:, None]
+            for _ in range(2):
+                q, k, v = self.proj(x).chunk(3, -1)
+                weights = (q @ k.mT).exp().tril()
+                x = x + weights / weights.sum(-1, keepdim=True) @ v
+            return x
+
+    tokenizer = load(tiny)[1]
+    monkeypatch.setattr(case, "load", lambda name, **_: (Twice(), tokenizer))
+    lines = said(capsys, "capture", "--keep", "statistics", "--text", "abc").splitlines()
+    assert len(lines) == 6
+    assert len({line.split()[0] for line in lines[2:4]}) == 2
+
+
+@pytest.mark.parametrize("count", [5, 11, 12, 40])
+def test_tokens_repeats_or_cuts_the_text_and_leaves_what_surrounds_it(count: int, tiny: Path, tmp_path: Path, capsys: Shell) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    from headscope.app.case import _repeated
+
+    model, tokenizer = load(tiny)
+    plain = tokenizer("hello there")["input_ids"]
+    assert _repeated(tokenizer, "hello there", model, count)["input_ids"][0].tolist() == (plain * 4)[:count]
+    tokenizer.add_special_tokens({"cls_token": "<b>", "sep_token": "<br>"})
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<b> $A <br>", special_tokens=[("<b>", first), ("<br>", last)])
+    found = _repeated(tokenizer, "hello there", model, count)
+    assert found["input_ids"][0].tolist() == [first, *(plain * 4)[: count - 2], last]
+    assert found["attention_mask"].tolist() == [[1] * count]
+    with pytest.raises(InputError, match="--tokens 2: give at least 3"):
+        _repeated(tokenizer, "hello there", model, 2)
+
+
+def test_looking_at_a_long_text_needs_a_small_part_of_the_memory_of_its_maps(tmp_path: Path, capsys: Shell) -> None:
+    from tests.app.tiny import save_tiny
+
+    model = save_tiny(tmp_path / "model", layers=3, window=2048)
+    found = read(capsys, "capture", "--model", model, "--tokens", 2048, "--keep", "statistics", "--png", tmp_path / "heads.png")
+    assert (found["tokens"], len(found["heads"])) == (2048, 24)
+    assert found["peak_bytes"] < 4 * 24 * 2048 * 2048 / 3
+    with Image.open(tmp_path / "heads.png") as image:
+        assert image.width > 8 * 256
+        assert image.height > 3 * 256
+
+
+def test_all_heads_are_drawn_as_shares_of_their_queries_attention(tiny: Path, tmp_path: Path, capsys: Shell) -> None:
+    from headscope.app import pictures
+    from headscope.app.capture_command import _shares, _shown
+
+    folder, picture = tmp_path / "run", tmp_path / "heads.png"
+    arguments = ["--model", tiny, "--text", "hello there", "--png", picture, "--tile", 4]
+    made = read(capsys, "capture", *arguments, "--out", folder)
+    assert {"q", "k", "statistics.pooled"} <= set(made["kept"])
+    seen = Capture.open(folder)
+    pattern = seen.pattern(layer=3)[0]
+    shares = _shares(seen.records["model.layers.3.self_attn#0", 0])
+    for i, j in ((0, 0), (1, 0), (2, 0), (2, 2), (0, 2)):
+        expected = pattern[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].sum((1, 2)) / (4 if i < 2 else 3)  # 11 queries: the last tile has 3
+        torch.testing.assert_close(shares[:, i, j], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(8, 3))
+    with Image.open(picture) as image:
+        shown = np.asarray(image.convert("P"))
+    colours = pictures.indices(_shown(shares), "log")
+    assert set(np.unique(colours)) <= set(np.unique(shown))
+    assert (shown == pictures.MASKED).any()
+    said(capsys, "capture", *arguments[:-2], "--layers", 1)
+    assert "cannot be written" in refused(capsys, "capture", "--model", tiny, "--png", tmp_path / "no" / "x.png")
+
+
+def test_memory_that_a_run_needs_and_returns_is_seen() -> None:
+    from headscope.app.footprint import measure
+
+    size = 64 * 2**20
+    result, cost = measure(lambda: torch.ones(size // 4).sum().item(), torch.device("cpu"))
+    assert result == size // 4
+    assert cost.seconds > 0
+    if cost.peak_bytes is not None and Path("/proc/self/clear_refs").exists():
+        assert 0.9 * size < cost.peak_bytes < 2 * size
+    with pytest.raises(ZeroDivisionError):
+        measure(lambda: 1 / 0, torch.device("cpu"))
+
+
 def test_an_edit_gives_the_numbers_of_the_python_interface(tiny: Path, capsys: Shell) -> None:
     found = read(capsys, "edit", "--model", tiny, "--text", "hello", "--scale", "3.5=0", "--scale", "1.2=1.5", "--top", 5)
     model, tokenizer = load(tiny)
@@ -277,6 +404,25 @@ def test_doctor_tells_what_is_there_and_fails_when_a_check_fails(capsys: Shell) 
     assert {"versions", "python", "platform", "devices", "kernels", "mechanisms", "optional", "checks", "passed"} <= set(found)
     assert code == (0 if all(check["passed"] for check in found["checks"]) else 1)
     assert found["passed"] == (code == 0)
+
+
+def test_doctor_says_which_kernel_runs_and_why_another_does_not(capsys: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headscope.kernels.cpu import build
+
+    def kernels() -> dict[str, dict[str, str]]:
+        main(["doctor", "--json"])
+        return {row["name"]: row for row in json.loads(capsys.readouterr().out)["kernels"]}
+
+    found = kernels()
+    assert set(found) == {"triton", "cpu", "blockwise", "reference"}
+    assert sum("runs float32 on" in row["state"] for row in found.values()) == 1
+    if not torch.cuda.is_available():
+        assert found["triton"]["state"].startswith("unusable (")
+        assert found["cpu"]["state"] == ("usable, runs float32 on cpu" if build.state()[0] else f"unusable ({build.state()[1]})")
+        monkeypatch.setenv("HEADSCOPE_CPU_KERNEL", "0")
+        without = kernels()
+        assert "switched off by HEADSCOPE_CPU_KERNEL=0" in without["cpu"]["state"]
+        assert without["blockwise"]["state"] == "usable, runs float32 on cpu"
 
 
 def test_doctor_fails_on_a_model_whose_edits_do_nothing(capsys: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,3 +61,21 @@ def test_the_palette_gets_steadily_lighter() -> None:
     light = pictures.palette()[:255].astype(float) @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(light) > -0.6).all()
     assert light[-1] - light[0] > 180
+
+
+def test_an_atlas_shows_every_map_at_whole_pixels_with_names_beside_it() -> None:
+    generator = np.random.default_rng(0)
+    heads = [[generator.random((30, 20), dtype=np.float32) for _ in range(count)] for count in (3, 1)]
+    heads[0][0][0] = np.nan
+    png = pictures.atlas(heads, ["layer 0", "blocks.1.attention"], "sqrt")
+    with Image.open(io.BytesIO(png)) as image:
+        shown = np.asarray(image)
+    for picture in (head for row in heads for head in row):
+        block = pictures.indices(picture, "sqrt").repeat(4, axis=0).repeat(4, axis=1)  # 30 × 4 ≥ SMALLEST
+        starts = np.argwhere(shown == block[-1, 0])
+        assert any(np.array_equal(shown[y - 119 : y + 1, x : x + 80], block) for y, x in starts if y >= 119)
+    left, top = shown[:, :60], shown[:20]
+    assert set(np.unique(left)) <= {pictures.GREY, pictures.MASKED}
+    assert set(np.unique(top)) <= {pictures.GREY, pictures.MASKED}
+    assert (left == pictures.GREY).any()
+    assert (top == pictures.GREY).any()
