@@ -13,7 +13,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help app test venv zoo lint format types fast slow coverage-table census bench reference pictures train clean
+.PHONY: help app test venv zoo lint format types fast slow coverage-table census bench bench-kernels reference pictures train clean
 
 help:
 	@echo "make app             open the workbench on the embedded language model"
@@ -23,7 +23,8 @@ help:
 	@echo "make fast | slow     the fast | slow tests alone"
 	@echo "make coverage-table  measure the interception on every model of the zoo, write docs/coverage.md"
 	@echo "make census          sweep every model type of transformers and diffusers (long)"
-	@echo "make bench           measure the overheads, next to other tools"
+	@echo "make bench           measure everything, next to other tools"
+	@echo "make bench-kernels   measure the kernels alone, next to torch's own attention"
 	@echo "make reference       write docs/reference.md from the docstrings"
 	@echo "make pictures        write docs/images with Chromium"
 	@echo "make train           train the embedded models again (TEXT=\"files\" for the language model)"
@@ -62,6 +63,9 @@ census: zoo
 
 bench: zoo
 	$(RUN) -m bench
+
+bench-kernels: $(VENV)/.dev
+	$(RUN) -m bench kernels
 
 reference: $(VENV)/.dev
 	$(RUN) docs/make_reference.py
