@@ -13,7 +13,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help app test venv zoo lint format types fast slow coverage-table census bench bench-kernels reference pictures train clean
+.PHONY: help app test venv zoo lint format types fast slow mutants coverage-table census bench bench-kernels reference pictures train clean
 
 help:
 	@echo "make app             open the workbench on the embedded language model"
@@ -21,6 +21,7 @@ help:
 	@echo "make venv            the environment with everything that the tests need"
 	@echo "make lint | format   check | rewrite the style of all files"
 	@echo "make fast | slow     the fast | slow tests alone"
+	@echo "make mutants         plant 85 wrong formulas in the kernels, one by one: the tests must catch each"
 	@echo "make coverage-table  measure the interception on every model of the zoo, write docs/coverage.md"
 	@echo "make census          sweep every model type of transformers and diffusers (long)"
 	@echo "make bench           measure everything, next to other tools"
@@ -54,6 +55,9 @@ fast: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	$(RUN) -m pytest -m "slow and not gpu"
+
+mutants: $(VENV)/.dev
+	$(RUN) -m tests.kernels.mutants
 
 coverage-table: zoo
 	$(RUN) -m tests.coverage
