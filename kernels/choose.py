@@ -2,7 +2,7 @@
 
 | name | where | what it cannot do |
 |---|---|---|
-| triton | CUDA, ROCm; anywhere under TRITON_INTERPRET=1 | float64; gradients of statistics, biases, features, sink, temperature or gate |
+| triton | CUDA, ROCm; anywhere under TRITON_INTERPRET=1 | float64; gradients of statistics, biases, features, sink or temperature |
 | cpu | CPU, with a C compiler | float64, gradients, top keys |
 | blockwise | any device | nothing |
 | reference | any device | nothing; holds the whole pattern, in float64 |
