@@ -2,6 +2,7 @@ if __name__ != "headscope.probe":
     raise ImportError("import headscope.probe, not probe: the folder is mapped to that name by the installed package")
 
 from headscope.kernels.errors import (
+    AttributionError,
     BudgetError,
     ClosedError,
     EditError,
@@ -15,6 +16,11 @@ from headscope.kernels.errors import (
     ShapeError,
     StoreError,
 )
+from headscope.probe.attribution.attribute import attribute
+from headscope.probe.attribution.attribution import Attribution
+from headscope.probe.attribution.faithfulness import measure_faithfulness
+from headscope.probe.attribution.heads import rank_heads
+from headscope.probe.attribution.target import Target, contrast, generated
 from headscope.probe.call import AttentionCall, AttentionSite, Handler
 from headscope.probe.capture import Capture
 from headscope.probe.keep import Keep
@@ -24,6 +30,8 @@ from headscope.probe.probe import Probe
 __all__ = [
     "AttentionCall",
     "AttentionSite",
+    "Attribution",
+    "AttributionError",
     "BudgetError",
     "Capture",
     "ClosedError",
@@ -40,5 +48,11 @@ __all__ = [
     "SelectionError",
     "ShapeError",
     "StoreError",
+    "Target",
+    "attribute",
+    "contrast",
+    "generated",
     "load",
+    "measure_faithfulness",
+    "rank_heads",
 ]

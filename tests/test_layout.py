@@ -23,11 +23,14 @@ else:
 ROOT = Path(__file__).parents[1]
 ORDER = ("kernels", "probe", "interventions", "app")  # each may import itself and what stands before it
 ERRORS = {
-    "BudgetError", "ClosedError", "EditError", "HeadscopeError", "InputError", "ModelError", "NonFiniteError", "NotIntercepted",
+    "AttributionError", "BudgetError", "ClosedError", "EditError", "HeadscopeError", "InputError", "ModelError", "NonFiniteError", "NotIntercepted",
     "RecipeError", "SelectionError", "ShapeError", "StoreError",
 }  # fmt: skip
 PUBLIC = {
-    "probe": {"AttentionCall", "AttentionSite", "Capture", "Handler", "Keep", "Probe", "load", *ERRORS},
+    "probe": {
+        "AttentionCall", "AttentionSite", "Attribution", "Capture", "Handler", "Keep", "Probe", "Target", "attribute", "contrast",
+        "generated", "load", "measure_faithfulness", "rank_heads", *ERRORS,
+    },
     "interventions": {
         "Edit", "Plan", "Selector", "Span", "add", "assign", "bias", "call", "freeze", "mask", "patch", "renorm", "scale", "select", "span",
     },

@@ -65,6 +65,20 @@ def watch(session: Session) -> Iterator[None]:
             _local.watch = None
 
 
+@contextmanager
+def beneath(mode: TorchFunctionMode) -> Iterator[None]:
+    """Let a mode see the torch calls of this thread after all others have: the watch and its edits come first."""
+    held = []
+    while torch._C._len_torch_function_stack() > 0:
+        held.append(torch.overrides._pop_mode())  # type: ignore[no-untyped-call]
+    for one in (mode, *reversed(held)):
+        _push(one)
+    try:
+        yield
+    finally:
+        _remove(mode)
+
+
 def _push(mode: TorchFunctionMode) -> None:
     torch.overrides._push_mode(mode)  # type: ignore[no-untyped-call]
 

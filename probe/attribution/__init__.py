@@ -1,0 +1,1 @@
+"""Relevance: rules, books, baselines, faithfulness; the way in is `attribute`."""
