@@ -13,16 +13,17 @@ PIP := $(RUN) -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help app test venv zoo lint format types fast slow mutants coverage-table census bench bench-kernels reference pictures train clean
+.PHONY: help app test venv zoo lint format types fast gate slow mutants coverage-table census bench bench-kernels reference pictures train clean
 
 help:
 	@echo "make app             open the workbench on the embedded language model"
-	@echo "make test            ruff, mypy and the fast tests"
+	@echo "make test            ruff, mypy, the fast tests, and the GPU kernels compiled without a GPU"
 	@echo "make venv            the environment with everything that the tests need"
 	@echo "make lint | format   check | rewrite the style of all files"
 	@echo "make fast | slow     the fast | slow tests alone"
+	@echo "make gate            compile every Triton kernel for four targets, without a GPU"
 	@echo "make mutants         plant 85 wrong formulas in the kernels, one by one: the tests must catch each"
-	@echo "make coverage-table  measure the interception on every model of the zoo, write docs/coverage.md"
+	@echo "make coverage-table  measure interception and attribution on every model of the zoo, write docs/coverage.md"
 	@echo "make census          sweep every model type of transformers and diffusers (long)"
 	@echo "make bench           measure everything, next to other tools"
 	@echo "make bench-kernels   measure the kernels alone, next to torch's own attention"
@@ -34,7 +35,7 @@ help:
 app: $(VENV)/.app
 	$(VENV)/bin/headscope app --model embedded:lm
 
-test: lint types fast
+test: lint types fast gate
 
 venv: $(VENV)/.dev
 
@@ -51,7 +52,10 @@ types: $(VENV)/.dev
 	$(RUN) -m mypy
 
 fast: $(VENV)/.dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+gate: $(VENV)/.dev
+	env -u TRITON_INTERPRET $(RUN) -m headscope.kernels.triton.targets
 
 slow: $(VENV)/.dev
 	$(RUN) -m pytest -m "slow and not gpu"
@@ -61,6 +65,7 @@ mutants: $(VENV)/.dev
 
 coverage-table: zoo
 	$(RUN) -m tests.coverage
+	$(RUN) -m tests.attribution_coverage
 
 census: zoo
 	$(RUN) -m tests.census

@@ -407,6 +407,13 @@ def table(rows: list[Row], missing: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def keep_attribution(text: str, source: str) -> str:
+    """The table with the section that `tests.attribution_coverage` writes at its end, as it stands in another text."""
+    heading = "## Attribution\n"
+    own = text.partition(f"\n{heading}")[0].rstrip("\n") + "\n"
+    return own + "".join(f"\n{part}" for part in (source[source.find(heading) :],) if heading in source)
+
+
 def version(name: str) -> str | None:
     """The version of an installed distribution, or of a module already imported."""
     try:
@@ -440,7 +447,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"    {problem}", file=sys.stderr)
     if options.only is None:
         TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(table(rows, missing), encoding="utf-8")
+        before = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
+        TABLE.write_text(keep_attribution(table(rows, missing), before), encoding="utf-8")
     bad = [row.entry.name for row in rows if row.problems]
     print(f"{sum(row.works for row in rows)} work, {len(bad)} have a problem, {len(missing)} not run here")
     return 1 if bad else 0

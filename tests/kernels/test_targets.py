@@ -32,6 +32,7 @@ def disassembled(*parts: list[str] | str) -> str:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton, which exists for Linux alone, is not installed: nothing was compiled")
+@pytest.mark.slow  # `make gate` runs the same, and is part of `make test`
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles_everywhere_without_spills_and_with_the_recorded_loops() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
