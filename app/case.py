@@ -53,7 +53,7 @@ def case_of(arguments: argparse.Namespace) -> Case:
         InputError: an input that this model cannot take; no input for a command that needs one.
         ModelError: the model cannot be loaded.
     """
-    text, tokens = _text(arguments), getattr(arguments, "tokens", None)
+    text, tokens = given_text(arguments), getattr(arguments, "tokens", None)
     print(f"loading {visible(arguments.model)} …", file=sys.stderr, flush=True)
     name = str(arguments.model)
     options = {option: getattr(arguments, option) for option in ("device", "dtype", "task", "revision")}
@@ -63,7 +63,7 @@ def case_of(arguments: argparse.Namespace) -> Case:
             raise InputError("embedded:vit reads images: give --image N instead of text")
         if tokens is not None:
             raise InputError("embedded:vit reads images, which have no --tokens")
-        inputs = _as_inputs(model, processor(_digit(0 if arguments.image is None else arguments.image)))
+        inputs = _as_inputs(model, processor(held_out_digit(0 if arguments.image is None else arguments.image)))
     elif arguments.image is not None:
         raise InputError(f"--image is for embedded:vit, not for {name}")
     elif not callable(getattr(processor, "decode", None)):
@@ -97,7 +97,8 @@ def _repeated(tokenizer: Any, text: str, model: nn.Module, count: int) -> dict[s
     return {str(name): value[:, order].to(device) for name, value in encoded.items()}
 
 
-def _text(arguments: argparse.Namespace) -> str | None:
+def given_text(arguments: argparse.Namespace) -> str | None:
+    """The text that --text, --text-file or standard input gives."""
     if arguments.text == "-":
         text: str = sys.stdin.read()
         return text
@@ -111,7 +112,8 @@ def _text(arguments: argparse.Namespace) -> str | None:
     return None if arguments.text is None else str(arguments.text)
 
 
-def _digit(number: int) -> Any:
+def held_out_digit(number: int) -> Any:
+    """[8, 8], one of the digits that embedded:vit was not trained on."""
     with safe_open(embedded_folder("vit") / "held_out.safetensors", "pt") as file:
         images = file.get_tensor("images")
     if not 0 <= number < len(images):

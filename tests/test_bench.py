@@ -9,12 +9,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import __main__ as command
-from bench import interception, variants
+from bench import attribution, interception, variants, ways
 from bench.interception import Memory, Report, Timing, measure, over, report_memory
 from bench.machine import this_machine
 from bench.variants import DECODE, FORWARD, Models, Shape, Variant
+from headscope.probe.attribution.attribute import attribute
 
 TINY = Shape(layers=2, heads=8, head_width=4, vocabulary=64, positions=256)
 PEERS = ("transformer-lens", "nnsight")
@@ -144,3 +146,88 @@ def test_a_quick_run_prints_and_records_nothing(
     page = (tmp_path / "bench.md").read_text(encoding="utf-8")
     assert page.startswith("# Benchmarks\n")
     assert "\n## Cost of looking and changing\n" in page
+
+
+SMALL = ways.Case("tiny", "sdpa", 12)
+
+
+@pytest.fixture(scope="module")
+def costs() -> attribution.Report:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(ways.LXT, raising=False)
+        times, absent, agreement = attribution.measure(SMALL, ways.WAYS, rounds=2, repeats=1)
+    sizes = {("attnlrp", "sdpa"): {16: 2**20, 32: 2**21, 64: 5 * 2**20}}
+    assert agreement is None
+    return attribution.Report(this_machine(["torch"]), {SMALL: times}, {SMALL: absent}, {}, sizes, None)
+
+
+def test_every_way_but_the_missing_peer_is_timed_in_every_round_and_the_slow_one_once(costs: attribution.Report) -> None:
+    row = costs.times[SMALL]
+    absent = costs.absent[SMALL]
+    assert {name: len(t.seconds) for name, t in row.items()} == {w.name: 1 if w.once else 2 for w in ways.WAYS if w.name not in absent}
+    assert row["gradients"].ratios == (1.0, 1.0)
+    assert absent["lxt"] == "HEADSCOPE_LXT is not set"
+    assert set(absent) <= {"lxt", "captum"}
+
+
+def test_the_costs_table_has_equal_columns_and_says_what_is_missing(costs: attribution.Report) -> None:
+    lines = [line for line in costs.to_markdown().splitlines() if line.startswith("| tiny |")]
+    assert len(lines) == 1
+    assert "| HEADSCOPE_LXT is not set |" in lines[0]
+    head = next(line for line in costs.to_markdown().splitlines() if line.startswith("| model |"))
+    assert head.count("|") == lines[0].count("|")
+
+
+def test_memory_that_grows_faster_than_the_tokens_misses_its_promise(costs: attribution.Report) -> None:
+    found = {t.where: t.verdict for t in costs.targets() if t.promise.startswith("peak memory")}
+    assert found == {"16 → 32, sdpa": "pass", "32 → 64, sdpa": "miss"}
+    assert [t.verdict for t in costs.targets() if "lxt" in t.promise] == ["not measured"]
+
+
+def test_the_record_of_costs_is_plain_json(costs: attribution.Report) -> None:
+    record = json.loads(json.dumps(costs.to_dict()))
+    assert record["times"][0]["ways"]["attnlrp"]["seconds"]
+    assert record["memory"][0]["bytes"] == {"16": 2**20, "32": 2**21, "64": 5 * 2**20}
+
+
+def test_the_ways_compute_what_their_names_say() -> None:
+    subject = ways.make_subject(SMALL)
+    found = attribute(subject.model, subject.inputs, ways.CLASS, "gradient-x-input")
+    assert torch.allclose(ways.gradients(subject), found.of_tokens(), rtol=1e-4, atol=1e-7)
+    assert torch.equal(ways.attnlrp(subject), ways.attnlrp_inputs(subject))
+    assert len(ways.training(subject)) == len(list(subject.model.parameters()))
+    assert not any(p.requires_grad for p in subject.model.parameters())
+
+
+def test_integrated_gradients_sum_to_the_difference_of_their_ends() -> None:
+    pytest.importorskip("captum")
+    subject = ways.make_subject(SMALL)
+    ends = subject.logit(subject.start) - subject.logit(torch.zeros_like(subject.start))
+    assert torch.allclose(ways.captum(subject).sum(), ends, rtol=0.1, atol=1e-3)
+
+
+def test_memory_of_a_way_is_measured_after_a_first_run() -> None:
+    assert attribution.report_memory("attnlrp", ways.shorter(SMALL, 64)) >= 0
+
+
+@pytest.mark.slow
+def test_a_peer_computes_and_is_timed_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lxt").mkdir()
+    (tmp_path / "lxt" / "efficient.py").write_text("def monkey_patch(module): assert module.__name__.endswith('modeling_llama')\n")
+    monkeypatch.setenv(ways.LXT, str(tmp_path))
+    peer = ways.Peer(SMALL)
+    try:
+        assert torch.allclose(peer.relevance.float(), ways.gradients(ways.make_subject(SMALL)), rtol=1e-4, atol=1e-7)
+        assert peer.seconds(2) > 0
+    finally:
+        peer.close()
+
+
+@pytest.mark.slow
+def test_a_peer_that_breaks_at_import_is_absent_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lxt").mkdir()
+    (tmp_path / "lxt" / "efficient.py").write_text("import a_library_that_nobody_wrote\n")
+    monkeypatch.setenv(ways.LXT, str(tmp_path))
+    times, absent, _ = attribution.measure(SMALL, [ways.WAYS[0], next(w for w in ways.WAYS if w.name == "lxt")], 1, 1)
+    assert absent == {"lxt": "cannot be imported (No module named 'a_library_that_nobody_wrote')"}
+    assert set(times) == {"gradients"}
