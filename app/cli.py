@@ -1,7 +1,8 @@
-"""The command line: `headscope sites | capture | edit | app | doctor`.
+"""The command line: `headscope sites | capture | attribute | edit | report | app | doctor`.
 
-Results go to standard output, progress to standard error. Exit codes: 0 done, 1 `doctor` found something broken, 2 bad
-input, with one line `error: …`; 130 interrupted. Nothing heavy is imported before a command needs it, so that `--help` is quick.
+Results go to standard output, progress to standard error. Exit codes: 0 done, 1 `doctor` found something broken, the books of
+`attribute --strict` do not close or `report verify` found a change, 2 bad input, with one line `error: …`; 130 interrupted. Nothing
+heavy is imported before a command needs it, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -93,6 +94,40 @@ def _parser() -> argparse.ArgumentParser:
     capture.add_argument("--rows", metavar="LIST", help="with --show: only these queries, such as 0,10-12")
     capture.add_argument("--png", metavar="FILE", help="write a picture: of all heads, pooled; with --show of that head")
 
+    attribute = _command(
+        commands,
+        "attribute",
+        "attribute_command",
+        "say which tokens, heads and layers an answer was made from, and whether the books close",
+        'headscope attribute --model embedded:lm --text "The cat sat on the"\n'
+        '         headscope attribute --text "To be, or not to" --target " be" --against " the" --words\n'
+        "         headscope attribute --model embedded:vit --image 3 --png digit.png",
+    )
+    _model(attribute)
+    _input(attribute)
+    attribute.add_argument("--method", metavar="NAME", help="default attnlrp; see --list-methods")
+    attribute.add_argument("--list-methods", action="store_true", help="print the methods and leave")
+    attribute.add_argument("--compare", metavar="LIST", help="several methods side by side, such as attnlrp,cp-lrp,gim")
+    attribute.add_argument("--target", metavar="TOKEN", help="token, class or number whose logit is explained (default: the largest)")
+    attribute.add_argument("--against", metavar="TOKEN", help="explain the difference to this one's logit: why that and not this")
+    attribute.add_argument("--position", type=int, metavar="N", help="after which token the prediction counts (default -1, the last)")
+    attribute.add_argument("--generate", type=int, metavar="N", help="let the model write N tokens, and explain each and their sum")
+    attribute.add_argument(
+        "--span",
+        metavar="START:STOP",
+        help="explain these tokens, each and summed: of the generated ones with --generate, else of the text",
+    )
+    grouped = attribute.add_mutually_exclusive_group()
+    grouped.add_argument("--words", action="store_true", help="sums over words in place of tokens")
+    grouped.add_argument("--sentences", action="store_true", help="sums over sentences in place of tokens")
+    attribute.add_argument("--heads", action="store_true", help="print every head, not only the strongest")
+    attribute.add_argument("--layers", action="store_true", help="print the relevance at every block and its parts")
+    attribute.add_argument("--map", metavar="LAYER.HEAD", help="print from which keys a head's relevance came, query by query")
+    attribute.add_argument("--html", metavar="FILE", help="write the result as a page without scripts")
+    attribute.add_argument("--png", metavar="FILE", help="draw the heads; with --map that head; of an image the patches over it")
+    attribute.add_argument("--save", metavar="FILE", help="write the result as JSON that Attribution.load reads")
+    attribute.add_argument("--strict", action="store_true", help="exit code 1 where the books do not close")
+
     edit = _command(
         commands,
         "edit",
@@ -107,6 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--scale", action="append", default=[], metavar="LAYER.HEAD=X", help="multiply a head's output z; may be repeated")
     edit.add_argument("--save", metavar="FILE", help="write all these edits as a recipe for this model")
     edit.add_argument("--top", type=int, default=10, metavar="N", help="rows of the table (default 10)")
+
+    _report(commands)
 
     app = _command(commands, "app", "app_command", "open the workbench in the browser", "headscope app --model embedded:lm")
     app.add_argument("--model", default="embedded:lm", metavar="NAME", help="embedded:lm (default), a folder, or a hub id")
@@ -149,8 +186,49 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="type of the weights, such as float16 (default: float32 on a CPU)")
 
 
-def _input(parser: argparse.ArgumentParser) -> None:
+def _report(commands: argparse._SubParsersAction[_Parser]) -> None:
+    report = _command(
+        commands,
+        "report",
+        "report.command",
+        "attribute prompts, measure how far that can be trusted, and write a page with all of it; or verify such a page",
+        'headscope report --model embedded:lm --text "Once upon a time" --out report.html\n'
+        "         headscope report verify report.html --recompute 2",
+    )
+    _model(report)
+    _input(report).add_argument("--data", metavar="FILE", help='JSON lines, such as {"id": "a", "text": "…", "target": " word"}')
+    report.add_argument("--out", metavar="FILE", help="the page, such as report.html; its numbers go beside it as report.json")
+    report.add_argument("--method", default="attnlrp", help="what is reported on (default attnlrp)")
+    report.add_argument("--compare", metavar="LIST", help="other methods for the curves (default gradient-x-input,rollout)")
+    report.add_argument("--target", metavar="TOKEN", help="a token or class, by number or text (default: the largest logit)")
+    report.add_argument("--against", metavar="TOKEN", help="a token or class whose logit is subtracted")
+    report.add_argument("--removal", metavar="HOW", help="how tokens are taken away, such as token, delete or zero-embedding")
+    report.add_argument("--recipe", metavar="FILE", help="edits that are in place all the time")
+    report.add_argument("--examples", type=int, metavar="N", help="only the first N of --data")
+    report.add_argument("--show", type=int, default=50, metavar="N", help="examples on the page (default 50); the JSON has all")
+    report.add_argument("--order", choices=("first", "random", "worst"), default="first", help="which examples the page shows")
+    report.add_argument("--heads", type=int, default=20, metavar="N", help="rows of the table of heads (default 20)")
+    report.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
+    report.add_argument("--interactive", action="store_true", help="put plotly.js into the page, for charts that can be zoomed")
+    report.add_argument("--pdf", metavar="FILE", help="print the page too, with an installed Chromium")
+    verify = report.add_subparsers(metavar="verify", parser_class=_Parser).add_parser(
+        "verify",
+        help="check a report: digests, sums, figures, and with --recompute some examples on the model",
+        description="Check a report; exit code 1 if it is not as it was made.",
+        epilog="example: headscope report verify report.html --recompute 2",
+    )
+    verify.set_defaults(function="run_verify")
+    verify.add_argument("report", metavar="FILE", help="the page; its JSON lies beside it")
+    verify.add_argument("--recompute", type=int, metavar="N", help="measure N examples again")
+    verify.add_argument("--model", metavar="NAME", help="with --recompute: where the model is, if not where the report says")
+    verify.add_argument("--device", default="cpu", help="with --recompute: where the model runs (default cpu)")
+    verify.add_argument("--seed", type=int, default=0, metavar="N", help="with --recompute: which examples (default 0)")
+    verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _input(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", help="what the model reads; - takes it from standard input")
     source.add_argument("--text-file", metavar="FILE", help="a UTF-8 file that the model reads")
     source.add_argument("--image", type=int, metavar="N", help="for embedded:vit: the N-th of its held-out digits")
+    return source

@@ -34,6 +34,7 @@ PUBLIC = {
     "interventions": {
         "Edit", "Plan", "Selector", "Span", "add", "assign", "bias", "call", "freeze", "mask", "patch", "renorm", "scale", "select", "span",
     },
+    "app": {"build_report"},
 }  # fmt: skip
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 SKIPPED = {".git", "node_modules", "__pycache__", "build", "dist", "typings", ".hypothesis", ".zoo", "lm-training"}
