@@ -70,11 +70,11 @@ class Settings:
         default_factory=lambda: {
             **{
                 Case("lm", attention, tokens): rounds
-                for tokens, rounds in ((128, 11), (512, 7), (1024, 5))
+                for tokens, rounds in ((128, 9), (512, 5), (1024, 3))
                 for attention in ("sdpa", "eager")
             },
-            **{Case("gpt2", attention, 512): 5 for attention in ("sdpa", "eager")},
-            **{Case("vit", attention, IMAGE): 5 for attention in ("sdpa", "eager")},
+            **{Case("gpt2", attention, 512): 3 for attention in ("sdpa", "eager")},
+            **{Case("vit", attention, IMAGE): 3 for attention in ("sdpa", "eager")},
         }
     )
     repeats: dict[int, int] = field(default_factory=lambda: {128: 5, 512: 2})

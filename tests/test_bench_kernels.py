@@ -204,6 +204,7 @@ def test_the_whole_run_passes_through_every_length(monkeypatch: pytest.MonkeyPat
     assert found.absent == dict.fromkeys(["flex", "flex-lse", "eager", "cpu-all"], "was left out")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_the_gpu_part_runs_through_in_the_interpreter() -> None:
     done = subprocess.run(

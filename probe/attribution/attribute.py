@@ -6,6 +6,7 @@ Letters: B batch, S tokens, H query heads, Q queries, K keys, V width of a value
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -244,6 +245,8 @@ class Stream:
                 if re.search(r"(^|\.)\d+$", path) is None:
                     continue
                 for part, child in (("", module), *module.named_children()):
+                    if isinstance(child, torch.jit.ScriptModule):  # takes no hooks
+                        continue
                     where = f"{path}.{part}" if part else path
                     stack.callback(child.register_forward_hook(self._noting(where)).remove)
             yield
@@ -251,8 +254,9 @@ class Stream:
     def _noting(self, path: str) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
             first = result[0] if isinstance(result, tuple | list) and result else result
-            if isinstance(first, Tensor) and first.requires_grad and first.is_floating_point():
-                self.outputs[path] = first
+            with torch._C.DisableTorchFunction():  # to look is no call of the model
+                if isinstance(first, Tensor) and first.requires_grad and first.is_floating_point():
+                    self.outputs[path] = first
 
         return note
 
@@ -275,6 +279,8 @@ def _is_double(model: nn.Module) -> bool:
 
 def _check_finite(names: Sequence[str], relevance: Sequence[Tensor]) -> None:
     for name, r in zip(names, relevance, strict=True):
+        if math.isfinite(float(r.sum(dtype=torch.float64))):  # NaN and infinity never sum to a number
+            continue
         if not bool(torch.isfinite(r).all()):
             raise NonFiniteError(
                 f"the relevance of {name} is not finite: the model or its gradient overflows; use float32 instead of half precision"

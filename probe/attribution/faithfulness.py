@@ -91,7 +91,7 @@ def measure_faithfulness(
     rankings = _rankings(attribution, len(samples), not isinstance(inputs, Mapping))
     settings = {
         "steps": steps, "shares": list(shares), "subsets": subsets, "draws": draws, "level": level, "resamples": resamples, "seed": seed,
-        "replacement": replacement, "model": model_fingerprint(model), "torch": torch.__version__,
+        "replacement": replacement, "model": None if path is None else model_fingerprint(model), "torch": torch.__version__,
     }  # fmt: skip
     fixed = {name: value for name, value in settings.items() if name not in ("draws", "level", "resamples")} | {"batch": batch}
     names = [(name, 0) for name in rankings] + [(RANDOM, draw) for draw in range(draws)] + [(POSITION, 0)]

@@ -32,6 +32,20 @@ class Identity(Function):
         return g * ratio, None, None
 
 
+class Power(Function):
+    """The identity rule for y = xⁿ with n ≥ 1, whose quotient y / x is the power below, at 0 too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], exponent: float) -> Tensor:
+        ctx.save_for_backward(x.clone() if exponent == 2 else x.pow(exponent - 1))
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (ratio,) = ctx.saved_tensors
+        return g * ratio, None, None
+
+
 class Settled(Function):
     """The identity rule for a value that was already computed: y belongs to x as f(x) does, whatever code made it."""
 
@@ -48,12 +62,15 @@ class Settled(Function):
 
 def quotient(x: Tensor, y: Tensor, slope: float) -> Tensor:
     """y / x, and the slope where x is nothing."""
-    tiny = x.abs() < torch.finfo(x.dtype).tiny
+    smallest = torch.finfo(x.dtype).tiny
+    if x.device.type == "cpu" and x.numel() and bool(x.abs().min() >= smallest):  # to ask costs less than to choose
+        return y / x
+    tiny = x.abs() < smallest
     return torch.where(tiny, slope, y / torch.where(tiny, 1.0, x))
 
 
 class LayerNorm(Function):
-    """(x - mean) / σ · γ + β with σ held fixed: centring and γ are linear, β absorbs ⟨β, g⟩ (Achtibat et al. 2024, 3.3.2)."""
+    """(x - mean) / σ · γ + β with σ held fixed: centring and γ are linear, β absorbs ⟨β, g⟩ (Achtibat et al. 2024, Proposition 3.4)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -135,7 +152,7 @@ class Scaled(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g * ctx.share, None
+        return g if ctx.share == 1 else g * ctx.share, None
 
 
 class Replaced(Function):

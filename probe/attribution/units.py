@@ -6,7 +6,7 @@ Letters: B batch, S tokens, U units, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +76,14 @@ class Units:
         return [unit for unit, places in enumerate(self.places) for _ in places]
 
 
-def token_units(inputs: Mapping[str, Any], tokenizer: Any = None, name: str = "input_ids") -> Units:
+def token_units(inputs: Mapping[str, Any], tokenizer: Any = None, name: str = "input_ids", apart: Collection[int] = ()) -> Units:
     """Every visible token that is not special, by itself.
+
+    Args:
+        inputs: keyword inputs of one sample.
+        tokenizer: knows which tokens are special, and names the others.
+        name: of the input.
+        apart: ids that are no units either, such as the places that a model fills with an image.
 
     Raises:
         InputError: more than one sample, or nothing that could be removed.
@@ -85,7 +91,7 @@ def token_units(inputs: Mapping[str, Any], tokenizer: Any = None, name: str = "i
     ids = _one(inputs, name, 2)
     mask = inputs.get("attention_mask")
     visible = torch.ones_like(ids, dtype=torch.bool) if not isinstance(mask, Tensor) or mask.shape != ids.shape else mask.bool()
-    special = set(getattr(tokenizer, "all_special_ids", ()) or ())
+    special = {*(getattr(tokenizer, "all_special_ids", ()) or ()), *apart}
     places = [place for place, id in enumerate(ids[0].tolist()) if bool(visible[0, place]) and id not in special]
     if not places:
         raise InputError(f"{name} holds no token that could be removed: the text is empty, or special tokens only")
@@ -143,14 +149,14 @@ def patch_units(inputs: Mapping[str, Any], side: int, name: str = "pixel_values"
     return Units(name, tuple(places), tuple(names), (height, width))
 
 
-def units_of(inputs: Mapping[str, Any], tokenizer: Any = None, side: int | None = None) -> Units:
+def units_of(inputs: Mapping[str, Any], tokenizer: Any = None, side: int | None = None, apart: Collection[int] = ()) -> Units:
     """The usual units: tokens of a text; patches of an image, by default an eighth of its height a side.
 
     Raises:
         InputError: neither text nor image.
     """
     if isinstance(inputs.get("input_ids"), Tensor):
-        return token_units(inputs, tokenizer)
+        return token_units(inputs, tokenizer, apart=apart)
     image = inputs.get("pixel_values")
     if isinstance(image, Tensor) and image.dim() == 4:
         return patch_units(inputs, side or max(1, image.shape[-2] // 8))

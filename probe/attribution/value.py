@@ -66,7 +66,9 @@ class Value:
             raise SelectionError(f"no removal {removal!r}: there are {', '.join(REMOVALS)}")
         if removal == "heads" and units is not None:
             raise InputError("the units of the removal 'heads' are the heads of the model: leave units= out")
-        self.units = head_units(model, inputs) if removal == "heads" else units_of(inputs, tokenizer) if units is None else units
+        if removal == "heads":
+            units = head_units(model, inputs)
+        self.units = units_of(inputs, tokenizer, apart=placeholders(model)) if units is None else units
         self.removal = _fitting(removal, self.units, inputs)
         self.replacement = replacement
         if self.removal == "token" and replacement is None:
@@ -240,6 +242,13 @@ def _fitting(removal: str | None, units: Units, inputs: Mapping[str, Any]) -> st
 def repeated(value: Any, count: int) -> Any:
     """One sample's tensor, count times; whatever is no tensor of one sample stays itself."""
     return value.repeat(count, *[1] * (value.dim() - 1)) if isinstance(value, Tensor) and value.dim() and value.shape[0] == 1 else value
+
+
+def placeholders(model: nn.Module) -> set[int]:
+    """Token ids in whose places the model puts what it made of an image, a video or a sound: it fails where one of them is missing."""
+    config = getattr(model, "config", None)
+    names = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+    return {found for name in names if isinstance(found := getattr(config, name, None), int)}
 
 
 def neutral_token(tokenizer: Any, model: nn.Module) -> int:

@@ -410,3 +410,33 @@ def test_multihead_attention_is_seen_inside_and_out() -> None:
     found = [attribute(m, {"x": x}, lambda out: out[:, 0].sum()) for m in (one, two)]
     assert same(*found, tolerance=1e-10)
     assert all(result.passed and not result.unruled for result in found)
+
+
+class Scriptable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x).relu()
+        return found
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_modules_in_a_list_and_below_it_take_no_hooks_and_are_named_as_unruled() -> None:
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.scripted = nn.Linear(6, 6), torch.jit.script(Scriptable())
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = x + self.scripted(self.part(x))
+            return found
+
+    model = nn.Sequential(torch.jit.script(Scriptable()), Block()).double().eval()
+    found = attribute(model, {"input": torch.randn(2, 6, dtype=torch.float64)}, lambda out: out[:, 0].sum(), layers=True)
+    assert {module for operation, module, _ in found.unruled if operation == "torch.jit.script"} >= {"0", "1.scripted"}
+    assert bool(torch.isfinite(found.inputs["input"]).all())
+    assert hooks(model[1]) == 0

@@ -284,6 +284,12 @@ def test_tokens_that_are_padding_or_special_are_no_units() -> None:
     assert units.cover(masks("01")).tolist() == [[True, False, True, True, True]]
 
 
+def test_places_that_a_model_fills_with_an_image_are_no_units() -> None:
+    model = bert()
+    model.config.image_token_id = 9
+    assert Value(model, ids(9, 3, 9, 4), 1, replacement=7).units.places == ((1,), (3,))
+
+
 def test_patches_cover_an_image_once() -> None:
     units = patch_units({"pixel_values": torch.zeros(1, 3, 5, 7)}, 2)
     assert sorted(place for unit in units.places for place in unit) == list(range(35))
