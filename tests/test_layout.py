@@ -23,8 +23,8 @@ else:
 ROOT = Path(__file__).parents[1]
 ORDER = ("kernels", "probe", "interventions", "app")  # each may import itself and what stands before it
 ERRORS = {
-    "AttributionError", "BudgetError", "ClosedError", "EditError", "HeadscopeError", "InputError", "ModelError", "NonFiniteError", "NotIntercepted",
-    "RecipeError", "SelectionError", "ShapeError", "StoreError",
+    "AttributionError", "BudgetError", "ClosedError", "EditError", "HeadscopeError", "InputError", "ModelError",
+    "NonFiniteError", "NotIntercepted", "RecipeError", "SelectionError", "ShapeError", "StoreError",
 }  # fmt: skip
 PUBLIC = {
     "probe": {
