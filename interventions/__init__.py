@@ -8,25 +8,52 @@ with plan.on(model):
 if __name__ != "headscope.interventions":
     raise ImportError("import headscope.interventions, not interventions: the folder is mapped to that name by the installed package")
 
+from headscope.interventions import gates
+from headscope.interventions.difference import PlanDifference
 from headscope.interventions.edit import Edit
+from headscope.interventions.gates import Gate
+from headscope.interventions.injection import inject
+from headscope.interventions.mixing import mix, noise
+from headscope.interventions.normaliser import sinkhorn
 from headscope.interventions.ops import add, assign, bias, call, freeze, mask, patch, renorm, scale
 from headscope.interventions.plan import Plan
-from headscope.interventions.select import Selector, Span, select, span
+from headscope.interventions.roles import find_roles
+from headscope.interventions.rotary import band, phase, reposition
+from headscope.interventions.select import Role, Selector, Span, grid, role, select, span
+from headscope.interventions.subspace import project, rotate
+from headscope.interventions.warping import warp
 
 __all__ = [
     "Edit",
+    "Gate",
     "Plan",
+    "PlanDifference",
+    "Role",
     "Selector",
     "Span",
     "add",
     "assign",
+    "band",
     "bias",
     "call",
+    "find_roles",
     "freeze",
+    "gates",
+    "grid",
+    "inject",
     "mask",
+    "mix",
+    "noise",
     "patch",
+    "phase",
+    "project",
     "renorm",
+    "reposition",
+    "role",
+    "rotate",
     "scale",
     "select",
+    "sinkhorn",
     "span",
+    "warp",
 ]

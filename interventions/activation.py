@@ -13,17 +13,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
-import torch
 from torch import Tensor, nn
 
 from headscope.interventions.edit import Edit, Step, change, lower, schedule
+from headscope.interventions.injection import Inject
 from headscope.interventions.ops import Mask
-from headscope.interventions.region import Region, SpanPositions, find_region
+from headscope.interventions.region import Region, SpanPositions, find_region, takes
 from headscope.kernels.errors import ClosedError, EditError, SelectionError
-from headscope.probe.call import AttentionCall, AttentionSite
+from headscope.probe.call import OUTSIDE, AttentionCall, AttentionSite, Extension
 
-MaskKey = tuple[int, str, tuple[int, int, int, str], tuple[int, ...], tuple[int, ...], torch.device]
-MOST_MASKS = 256
+RegionKey = tuple[int, str, tuple[object, ...], tuple[int, ...], tuple[int, ...]]
+MOST_REGIONS = 256
 _serial = itertools.count()
 
 
@@ -45,6 +45,7 @@ class Activation:
         edits: the plan's edits.
         hits: how many calls each edit changed something in.
         sites: the sites that were run, by name.
+        outside: those of the stages outside the door at which something is changed.
     """
 
     changes = True
@@ -58,11 +59,15 @@ class Activation:
         self._running: tuple[ReferenceType[AttentionCall], str, list[tuple[Edit, Region]]] | None = None
         self._longest = [0, 0, 0]  # step, queries, keys
         self._assumed: dict[str, tuple[Edit, int]] = {}  # site name -> a positional edit before RoPE, cached keys it reckoned with
+        self._began: dict[str, tuple[Edit, int]] = {}  # site name -> an edit of what the cache will hold, keys it made at the first call
         self._reached: set[tuple[str, str]] = set()  # site name, stage
+        self._places: dict[str, AttentionSite] = {}  # blocks and modules outside the door
         self._spans = spans
         self._peers = peers if peers is not None else (self,)  # live: plans entered later appear in it
         self._known: dict[str, _Scheduled] = {}
-        self._regions: dict[MaskKey, tuple[Region | None, Tensor | None]] = {}
+        self._regions: dict[RegionKey, Region | None] = {}
+        self._by_role = any(edit.selector.roles() for edit in self.edits)
+        self.outside = frozenset(edit.stage for edit in self.edits) & frozenset(OUTSIDE)
 
     def stages(self, site: AttentionSite) -> frozenset[str]:
         """The stages at which this plan changes something at the site."""
@@ -75,19 +80,34 @@ class Activation:
     def change(self, call: AttentionCall, stage: str, value: Tensor) -> Tensor:
         """The stage's value after the edits that are carried out there, in order."""
         self._reached.add((call.site.name, stage))
+        if stage in OUTSIDE:
+            self._places[call.site.name] = call.site
         for step in self._scheduled(call.site).steps:
             if step.stage != stage:
                 continue
-            region, mask = self._region(step, call, value)
-            if stage in ("q.pre", "k.pre") and step.edit.selector.counts_positions():
-                self._assumed[call.site.name] = (step.edit, max(call.keys - value.shape[2], 0))
+            region = self._region(step, call, value)
+            if stage in ("q.pre", "k.pre"):
+                if step.edit.selector.counts_positions():
+                    self._assumed[call.site.name] = (step.edit, max(call.keys - value.shape[2], 0))
+                if stage == "k.pre" and not step.edit.identity and call.step == 0:
+                    self._began[call.site.name] = (step.edit, value.shape[2])
             if region is None:
                 continue
             if step.edit.op.overwrites:
                 self._refuse_conflicts(step.edit, region, call, stage)
             self.hits[step.index] += 1
-            value = change(step.edit, stage, value, call, mask)
+            value = change(step.edit, stage, value, call, region)
         return value
+
+    def extend(self, call: AttentionCall) -> list[Extension]:
+        """Keys and values to put in front of those of a call."""
+        self._reached.add((call.site.name, "kv"))
+        found = []
+        for step in self._scheduled(call.site).steps:
+            if step.stage == "kv" and isinstance(step.edit.op, Inject) and takes(step.edit.selector, call, call.k, "kv"):
+                self.hits[step.index] += 1
+                found.append(step.edit.op.extension(call, step.edit.selector))
+        return found
 
     def see(self, call: AttentionCall) -> None:
         """Note what was run, for `sites` and for the message of an edit that hit nothing.
@@ -96,6 +116,13 @@ class Activation:
             EditError: an edit before RoPE counted positions from where this call, as it turns out, does not start.
         """
         self.sites[call.site.name] = call.site
+        early, before = self._began.pop(call.site.name, (None, 0))
+        if early is not None and call.site.kind == "self" and call.keys - call.injected > before:
+            raise EditError(
+                f"({early}) was switched on in the middle of a cached generation: {call.site.name} already holds "
+                f"{call.keys - call.injected - before} keys that were made without it, so its answer would be neither one nor the other; "
+                "start the sequence anew inside the block, or edit k (after rotation) instead"
+            )
         edit, cached = self._assumed.pop(call.site.name, (None, 0))
         if edit is not None and call.site.kind == "self" and call.keys - call.queries > cached:
             raise EditError(
@@ -118,7 +145,8 @@ class Activation:
         for index, edit in enumerate(self.edits):
             if self.hits[index]:
                 continue
-            why = self._why(edit, [site for site in self.sites.values() if edit.selector.matches(site)])
+            everywhere = self._places if edit.stage in OUTSIDE else self.sites
+            why = self._why(edit, [site for site in everywhere.values() if edit.selector.matches(site)])
             raise SelectionError(f"edit {index} ({edit}) changed nothing: {why}. Sites seen: {_spoken(self.sites.values())}")
 
     def _why(self, edit: Edit, matching: Sequence[AttentionSite]) -> str:
@@ -147,18 +175,16 @@ class Activation:
         found = self._known[site.name] = _Scheduled(site, peers, steps, frozenset(step.stage for step in steps))
         return found
 
-    def _region(self, step: Step, call: AttentionCall, value: Tensor) -> tuple[Region | None, Tensor | None]:
-        if not step.edit.selector.takes_step(call.step):
-            return None, None
-        site = call.site  # sites of one make share their masks
-        make = (site.query_heads, site.kv_heads, site.fold, site.kind)
-        key = (step.index, step.stage, make, tuple(value.shape), (*call.q.shape, *call.k.shape), value.device)
+    def _region(self, step: Step, call: AttentionCall, value: Tensor) -> Region | None:
+        if not takes(step.edit.selector, call, value, step.stage):
+            return None
+        site = call.site  # sites of one make share their regions, unless roles differ from site to site
+        make = (site.query_heads, site.kv_heads, site.fold, site.kind, call.injected, *((site.name, call.part) if self._by_role else ()))
+        key = (step.index, step.stage, make, tuple(value.shape), (*call.q.shape, *call.k.shape))
         if key not in self._regions:
-            if len(self._regions) >= MOST_MASKS:
+            if len(self._regions) >= MOST_REGIONS:
                 self._regions.clear()
-            region = find_region(step.edit.selector, call, step.stage, value, self._spans)
-            mask = None if region is None else region.mask()
-            self._regions[key] = (region, None if mask is None else mask.to(value.device))
+            self._regions[key] = find_region(step.edit.selector, call, step.stage, value, self._spans)
         return self._regions[key]
 
     def _refuse_conflicts(self, edit: Edit, region: Region, call: AttentionCall, stage: str) -> None:

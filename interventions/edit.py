@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from headscope.interventions.gates import Gate
 from headscope.interventions.ops import Add, Assign, Bias, Call, Mask, Op, Renorm, Scale, hidden
-from headscope.interventions.region import KEY_STAGES, QUERY_STAGES, SCORE_STAGES
+from headscope.interventions.region import KEY_STAGES, QUERY_STAGES, SCORE_STAGES, Region
 from headscope.interventions.select import Selector, select
 from headscope.kernels.errors import EditError, NonFiniteError
-from headscope.probe.call import STAGES, AttentionCall
+from headscope.probe.call import OUTSIDE, STAGES, AttentionCall
 
 EVERYTHING = select()
 
@@ -36,10 +37,10 @@ class Edit:
     """One operation, at one stage, on what a selector names.
 
     Attributes:
-        stage: `q.pre`, `k.pre`, `q`, `k`, `v`, `bias`, `scores`, `pattern`, `z` or `o`.
+        stage: `pos`, `q.pre`, `k.pre`, `q`, `k`, `v`, `kv`, `bias`, `scores`, `pattern`, `z`, `o`, `attn_out`, `resid` or `out`.
         op: what to do, such as `scale(0.0)`.
         selector: where; everywhere if left out.
-        gate: how much of it: value + gate · (edited - value). 1 is all, 0 nothing.
+        gate: how much of it: value + gate · (edited - value). 1 is all, 0 nothing; or a `Gate`, which says it for each token and head.
 
     Raises:
         EditError: an operation or a selector that the stage cannot express.
@@ -48,7 +49,7 @@ class Edit:
     stage: str
     op: Op
     selector: Selector = EVERYTHING
-    gate: float = 1.0
+    gate: float | Gate = 1.0
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -57,11 +58,14 @@ class Edit:
             raise EditError(f"op={self.op!r}: give an operation such as scale(0.0) or bias(-2.0)")
         if not isinstance(self.selector, Selector):
             raise EditError(f"selector={self.selector!r}: give select(...)")
-        if isinstance(self.gate, bool) or not isinstance(self.gate, (int, float)):
-            raise EditError(f"gate={self.gate!r}: the gate is a number, 1 for all of the edit and 0 for none")
-        if not math.isfinite(self.gate):
-            raise NonFiniteError(f"gate={self.gate!r}: the gate is a finite number, 1 for all of the edit and 0 for none")
-        object.__setattr__(self, "gate", float(self.gate))
+        if not isinstance(self.gate, Gate):
+            if isinstance(self.gate, bool) or not isinstance(self.gate, (int, float)):
+                raise EditError(
+                    f"gate={self.gate!r}: the gate is a number, 1 for all of the edit and 0 for none, or a Gate such as risk(...)"
+                )
+            if not math.isfinite(self.gate):
+                raise NonFiniteError(f"gate={self.gate!r}: the gate is a finite number, 1 for all of the edit and 0 for none")
+            object.__setattr__(self, "gate", float(self.gate))
         self._check_stage()
 
     def _check_stage(self) -> None:
@@ -79,7 +83,15 @@ class Edit:
             )
         if isinstance(op, Mask) and self.gate != 1.0:
             raise EditError(f"gate={self.gate!r}: a key is masked or not; use bias() for something in between")
-        if self.selector.keys is not None and stage in QUERY_STAGES:
+        if isinstance(self.gate, Gate) and stage in ("pos", "kv", *SCORE_STAGES):
+            raise EditError(
+                f"gate={self.gate} at {stage}: a gate reads the token it stands at; use it at q, k, v, z, o and outside the door"
+            )
+        if stage in OUTSIDE and (self.selector.heads is not None or self.selector.kv_groups is not None):
+            raise EditError(f"heads= at stage {stage}: there all heads are summed; select heads at z or o")
+        if stage == "out" and self.selector.sites is None:
+            raise EditError("stage out without sites=: it is the output of any module, so name those that are meant, such as sites='*.mlp'")
+        if self.selector.keys is not None and stage in QUERY_STAGES and stage != "pos":
             raise EditError(f"keys= at stage {stage}: it has queries but no keys; use queries=, or an edit at scores or pattern")
         if self.selector.queries is not None and stage in KEY_STAGES:
             raise EditError(f"queries= at stage {stage}: it has keys but no queries; use keys=, or an edit at scores or pattern")
@@ -89,7 +101,7 @@ class Edit:
     @property
     def identity(self) -> bool:
         """Whether it certainly changes nothing."""
-        return self.gate == 0.0 or self.op.identity
+        return (isinstance(self.gate, float) and self.gate == 0.0) or self.op.identity
 
     def __str__(self) -> str:
         gate = "" if self.gate == 1.0 else f", gate {self.gate}"
@@ -112,6 +124,8 @@ def lower(edit: Edit) -> str:
         return "z" if edit.stage in (*SCORE_STAGES, "o") else edit.stage
     if edit.stage == "scores" and isinstance(edit.op, (Add, Bias, Mask)):
         return "bias"
+    if isinstance(edit.gate, Gate):  # it reads the value of its own stage
+        return edit.stage
     linear = isinstance(edit.op, Scale) or (isinstance(edit.op, Assign) and edit.op.zero)
     if linear and (edit.stage == "o" or (edit.stage == "pattern" and edit.selector.keys is None)):
         return "z"
@@ -148,7 +162,18 @@ def schedule(plans: Sequence[Sequence[tuple[int, Edit]]]) -> list[Step]:
                 for place in moved:
                     stages[place] = written[place].stage
                 settled = settled and not moved
-    return [Step(written[place].edit, stages[place], written[place].owner, written[place].index) for _, _, place in sorted(order)]
+    steps = [Step(written[place].edit, stages[place], written[place].owner, written[place].index) for _, _, place in sorted(order)]
+    return [replace(step, stage=side) for step in steps for side in _sides(step)]
+
+
+def _sides(step: Step) -> tuple[str, ...]:
+    """Where a step is carried out: a change of position at the queries that it names, the keys that it names, or at both."""
+    if step.stage != "pos":
+        return (step.stage,)
+    selector = step.edit.selector
+    if (selector.queries is None) == (selector.keys is None):
+        return ("q", "k")
+    return ("q",) if selector.keys is None else ("k",)
 
 
 def _commute(one: Edit, other: Edit) -> bool:
@@ -165,7 +190,7 @@ def _commute(one: Edit, other: Edit) -> bool:
     return added or scaled
 
 
-def change(edit: Edit, stage: str, value: Tensor, call: AttentionCall, mask: Tensor | None) -> Tensor:
+def change(edit: Edit, stage: str, value: Tensor, call: AttentionCall, region: Region | None) -> Tensor:
     """The value after an edit; `value` itself, the same tensor, where the edit changes nothing.
 
     Entries that are not selected keep every bit and their gradient; nothing is changed in place.
@@ -175,22 +200,21 @@ def change(edit: Edit, stage: str, value: Tensor, call: AttentionCall, mask: Ten
         stage: where it is carried out.
         value: the stage's tensor.
         call: the call it belongs to.
-        mask: True at the selected entries, broadcasting to `value`; None for all.
+        region: the selected entries; None for all.
     """
     if edit.identity:
         return value
-    new = _gated(edit, stage, value, call)
+    if region is None or region.heads is None or not (edit.op.per_head or isinstance(edit.gate, Gate)):
+        return _changed(edit, stage, value, call, None if region is None else region.mask(value.device))
+    chosen = region.heads.nonzero().flatten().to(value.device)
+    part = value[:, chosen]
+    new = _changed(edit, stage, part, call, region.every_head.mask(value.device))
+    return value.index_copy(1, chosen, new)
+
+
+def _changed(edit: Edit, stage: str, value: Tensor, call: AttentionCall, mask: Tensor | None) -> Tensor:
+    gate = edit.gate if isinstance(edit.gate, float) else edit.gate.strength(value, call, stage)
+    new = edit.op.gated(value, gate, call, stage)
     if stage in ("bias", "scores") and edit.op.keeps_masked:
         new = torch.where(hidden(value), value, new)
-    if mask is None:
-        return new
-    return torch.where(mask, new, value)
-
-
-def _gated(edit: Edit, stage: str, value: Tensor, call: AttentionCall) -> Tensor:
-    if isinstance(edit.op, Scale):  # 1 + gate·(c - 1), so that a gated scale is a scale to the bit
-        return Scale(1.0 + edit.gate * (edit.op.factor - 1.0)).apply(value, call, stage)
-    new = edit.op.apply(value, call, stage)
-    if edit.gate == 1.0:
-        return new
-    return torch.where(new == value, value, value + edit.gate * (new - value))  # where both are -inf the difference is NaN
+    return new if mask is None else torch.where(mask, new, value)

@@ -23,7 +23,7 @@ from headscope.interventions.source import Source, StoredRun, read_source, same_
 from headscope.kernels.errors import EditError, NonFiniteError, ShapeError
 from headscope.probe.call import STAGES, AttentionCall
 
-ALL_STAGES = frozenset(STAGES)
+ALL_STAGES = frozenset(STAGES) - {"pos", "kv"}  # those two take ops of their own
 LINEAR_STAGES = ALL_STAGES - set(SCORE_STAGES)  # the stages whose last axis is a feature, not a key
 
 
@@ -35,6 +35,7 @@ class Op(ABC):
     stages: ClassVar[frozenset[str]] = ALL_STAGES
     overwrites: ClassVar[bool] = False  # what was there before is lost, so that two of them on one entry contradict each other
     keeps_masked: ClassVar[bool] = True
+    per_head: ClassVar[bool] = False  # it is given the selected heads alone, and its tensors count them
 
     @property
     def identity(self) -> bool:
@@ -44,6 +45,16 @@ class Op(ABC):
     @abstractmethod
     def apply(self, value: Tensor, call: AttentionCall, stage: str) -> Tensor:
         """The new value of every entry; broadcasts to the shape of `value`, at `bias` to [B, H, Q, K]."""
+
+    def gated(self, value: Tensor, gate: float | Tensor, call: AttentionCall, stage: str) -> Tensor:
+        """The new value where the edit is made in part: value + gate · (edited - value), the gate a number or [B, N, rows, 1]."""
+        new = self.apply(value, call, stage)
+        if isinstance(gate, float) and gate == 1.0:
+            return new
+        kept = new == value  # where both are -inf the difference is NaN
+        if isinstance(gate, Tensor):
+            kept = kept | (gate == 0)
+        return torch.where(kept, value, value + gate * (new - value)).to(value.dtype)
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -74,6 +85,12 @@ class Scale(Op):
 
     def apply(self, value: Tensor, call: AttentionCall, stage: str) -> Tensor:
         return torch.zeros_like(value) if self.factor == 0.0 else value * self.factor
+
+    def gated(self, value: Tensor, gate: float | Tensor, call: AttentionCall, stage: str) -> Tensor:
+        """1 + gate · (factor - 1), so that a gated scale is a scale to the bit."""
+        if isinstance(gate, float):
+            return Scale(1.0 + gate * (self.factor - 1.0)).apply(value, call, stage)
+        return super().gated(value, gate, call, stage)
 
 
 @dataclass(frozen=True, eq=False)

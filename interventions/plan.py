@@ -13,17 +13,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from headscope.interventions import recipe
 from headscope.interventions.activation import Activation, enter, leave, refuse_sure_conflicts
 from headscope.interventions.cost import PlanCost, measure_cost
+from headscope.interventions.difference import PlanDifference, difference
 from headscope.interventions.edit import Edit
+from headscope.interventions.roles import Roles, known_roles
 from headscope.interventions.script import write_script
+from headscope.interventions.select import Role, Span
 from headscope.interventions.spans import Tokenizer, locate
 from headscope.kernels.errors import ClosedError, EditError, RecipeError
-from headscope.probe.call import AttentionCall, AttentionSite
+from headscope.probe.call import AttentionCall, AttentionSite, Extension
 from headscope.probe.interception import intercept
 
 
@@ -55,6 +59,7 @@ class Plan:
         strict: bool = True,
         tokenizer: Tokenizer | None = None,
         input_ids: Tensor | Sequence[int] | None = None,
+        roles: Roles | None = None,
     ) -> Iterator[Activation]:
         """Change the model while the block runs; afterwards it is as it was.
 
@@ -62,6 +67,7 @@ class Plan:
             model: any module; its attention calls in this thread are changed.
             strict: raise if an edit changed nothing, or if attention was run that could not be caught.
             tokenizer, input_ids: where `span("text")` is looked up, [tokens] or [samples, tokens]; only spans need them.
+            roles: which positions `role("text")` stands for: a range or list for each role, or what `find_roles` found.
 
         Yields:
             The activation: `.hits` counts the calls that each edit changed, `.sites` holds the sites that were run.
@@ -70,9 +76,11 @@ class Plan:
             SelectionError: a span that does not occur; a head that a selected site does not have; at the end, an edit that hit nothing.
             EditError: the plan is on already, or contradicts a plan that is.
         """
-        spans = locate((span for edit in self.edits for span in edit.selector.spans()), tokenizer, input_ids)
+        places: dict[Span | Role, Any] = {}
+        places.update(locate((span for edit in self.edits for span in edit.selector.spans()), tokenizer, input_ids))
+        places.update(known_roles(roles, [role for edit in self.edits for role in edit.selector.roles()]))
         with ExitStack() as stack:
-            activation = enter(model, self, self.edits, spans)
+            activation = enter(model, self, self.edits, places)
             stack.callback(leave, model, activation)
             stack.enter_context(intercept(model, activation, strict=strict))
             yield activation
@@ -86,10 +94,11 @@ class Plan:
         strict: bool = True,
         tokenizer: Tokenizer | None = None,
         input_ids: Tensor | Sequence[int] | None = None,
+        roles: Roles | None = None,
     ) -> Plan:
         """Switch the plan on until `detach()`; the arguments and errors are those of `on()`."""
         stack = ExitStack()
-        stack.enter_context(self.on(model, strict=strict, tokenizer=tokenizer, input_ids=input_ids))
+        stack.enter_context(self.on(model, strict=strict, tokenizer=tokenizer, input_ids=input_ids, roles=roles))
         self._attached.append((model, stack))
         return self
 
@@ -126,7 +135,23 @@ class Plan:
     def see(self, call: AttentionCall) -> None:
         """Nothing to do at a finished call."""
 
-    def cost(self, model: nn.Module, *args: object, repeats: int = 5, tokenizer: Tokenizer | None = None, **inputs: object) -> PlanCost:
+    @property
+    def outside(self) -> frozenset[str]:
+        """Those of the stages outside the door at which the plan changes something."""
+        return self._handler.outside
+
+    def extend(self, call: AttentionCall) -> list[Extension]:
+        """The keys and values that the plan puts in front of those of a call."""
+        return self._handler.extend(call)
+
+    def diff(self, other: Plan) -> PlanDifference:
+        """What another plan does that this one does not, and the other way round."""
+        return difference(self.edits, other.edits)
+
+    def cost(
+        self, model: nn.Module, *args: object, repeats: int = 5, tokenizer: Tokenizer | None = None, roles: Roles | None = None,
+        **inputs: object,
+    ) -> PlanCost:  # fmt: skip
         """What the plan costs: where each edit is carried out, which sites leave the fused path, time with and without it.
 
         Args:
@@ -134,11 +159,12 @@ class Plan:
             args, inputs: what to run it with.
             repeats: timed runs each, taken in turns.
             tokenizer: for spans, which are looked up in `inputs["input_ids"]`.
+            roles: as in `on()`.
         """
         ids = inputs.get("input_ids")
         return measure_cost(
             self.edits,
-            lambda: self.on(model, tokenizer=tokenizer, input_ids=ids if isinstance(ids, Tensor) else None),
+            lambda: self.on(model, tokenizer=tokenizer, input_ids=ids if isinstance(ids, Tensor) else None, roles=roles),
             model,
             args,
             inputs,

@@ -6,6 +6,7 @@
     edits:
     - {stage: z, op: scale, value: 0.0, layers: [3], heads: [5]}
     - {stage: scores, op: bias, value: -2.0, layers: {start: 4, stop: 8}, keys: {span: password}}
+    - {stage: q.pre, op: rotate, value: {basis: {tensor: edit2.basis}, skew: {tensor: edit2.skew}}, gate: {kind: risk, …}, layers: [5]}
 
 `recipe.schema.json` beside this file says the same in JSON Schema. Tensors are written first and under a name that depends on their
 content, so that a recipe and its tensors never disagree, whenever the writing stops.
@@ -17,18 +18,23 @@ import hashlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from headscope.interventions import ops
 from headscope.interventions.edit import Edit
+from headscope.interventions.gates import Gate
+from headscope.interventions.mixing import Mix
 from headscope.interventions.recipe_file import MOST_BYTES, dump, parse, read_plain, write
+from headscope.interventions.recipe_values import KINDS, decode_gate, decode_op, encode_fields, encode_gate
 from headscope.interventions.select import Selector
-from headscope.interventions.source import StoredRun, store_run
+from headscope.interventions.source import Source, StoredRun, store_run
 from headscope.kernels.errors import HeadscopeError, RecipeError
 from headscope.probe.models import model_fingerprint
 
@@ -38,7 +44,7 @@ FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]*\.safetensors")
 KEYS = ("schema", "model", "tensors", "edits")
 EDIT_KEYS = ("stage", "op", "value", "gate")
-OPS = {op.name: op for op in (ops.Scale, ops.Add, ops.Assign, ops.Bias, ops.Mask, ops.Patch, ops.Freeze, ops.Renorm)}
+OPS = {op.name: op for op in (ops.Scale, ops.Add, ops.Assign, ops.Bias, ops.Mask, ops.Patch, ops.Freeze, ops.Renorm, *KINDS.values())}
 VALUELESS = ("mask", "renorm")
 
 
@@ -125,7 +131,9 @@ def _encode(edits: Sequence[Edit]) -> tuple[dict[str, object], dict[str, Tensor]
         entry: dict[str, object] = {"stage": edit.stage, "op": edit.op.name}
         if edit.op.name not in VALUELESS:
             entry["value"] = _encode_value(index, edit, tensors)
-        if edit.gate != 1.0:
+        if isinstance(edit.gate, Gate):
+            entry["gate"] = encode_gate(edit.gate, f"edit{index}", tensors)
+        elif edit.gate != 1.0:
             entry["gate"] = edit.gate
         listed.append({**entry, **edit.selector.to_dict()})
     return {"schema": SCHEMA, "edits": listed}, tensors
@@ -138,6 +146,11 @@ def _encode_value(index: int, edit: Edit, tensors: dict[str, Tensor]) -> object:
         raise RecipeError(
             f"edit {index} ({edit}) cannot be saved: a recipe holds no code; keep it in a Python script, or use {', '.join(OPS)}"
         )
+    if isinstance(op, Mix) and not isinstance(op.source, Tensor):
+        run = _stored(index, edit, op.source, tensors)
+        return {**encode_fields(replace(op, source=torch.zeros(())), name, {}), "source": run}
+    if op.name in KINDS:
+        return encode_fields(op, name, tensors)
     (field,) = fields(op)
     value: object = getattr(op, field.name)
     if isinstance(value, Tensor):
@@ -145,7 +158,14 @@ def _encode_value(index: int, edit: Edit, tensors: dict[str, Tensor]) -> object:
         return {"tensor": name}
     if not isinstance(op, ops.Patch) or isinstance(op.source, Tensor):
         return value
-    run = op.source if isinstance(op.source, StoredRun) else store_run(op.source, edit.stage, edit.selector.matches)
+    return _stored(index, edit, op.source, tensors)
+
+
+def _stored(index: int, edit: Edit, source: Source, tensors: dict[str, Tensor]) -> dict[str, object]:
+    """The name under which the run that an edit takes its tensors from was added."""
+    assert not isinstance(source, Tensor)
+    name = f"edit{index}"
+    run = source if isinstance(source, StoredRun) else store_run(source, edit.stage, edit.selector.matches)
     if not run.tensors:
         raise RecipeError(f"edit {index} ({edit}) cannot be saved: the run it patches from has no site that it selects")
     tensors.update({f"{name}/{site}/{step}": tensor.contiguous().clone() for (site, step), tensor in run.tensors.items()})
@@ -165,12 +185,19 @@ def _decode(entry: object, tensors: Mapping[str, Tensor]) -> Edit:
         raise RecipeError(f"unknown op {name!r}: the ops are {', '.join(OPS)}")
     if (name in VALUELESS) == ("value" in entry):
         raise RecipeError(f"{name} takes no value" if name in VALUELESS else f"{name} needs a value")
-    gate = _number("gate", entry.get("gate", 1.0))
+    given = entry.get("gate", 1.0)
+    gate = decode_gate(given, lambda found: _tensor(found, tensors)) if isinstance(given, Mapping) else _number("gate", given)
     op = _decode_op(name, entry["stage"], entry.get("value"), tensors)
     return Edit(entry["stage"], op, Selector.from_dict({key: entry[key] for key in conditions if key in entry}), gate)
 
 
 def _decode_op(name: str, stage: str, value: object, tensors: Mapping[str, Tensor]) -> ops.Op:
+    if name in KINDS:
+
+        def tensor(found: Mapping[str, object]) -> Any:
+            return _referenced(name, stage, found, tensors) if name == "mix" else _tensor(found, tensors)
+
+        return decode_op(name, value, tensor)
     if name == "mask":
         return ops.mask()
     if name == "renorm":

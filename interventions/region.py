@@ -7,20 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from headscope.interventions.select import Positions, Selector, Span, Stretch
+from headscope.interventions.select import Positions, Role, Selector, Span, Stretch
 from headscope.kernels.errors import EditError, SelectionError, ShapeError
-from headscope.probe.call import AttentionCall, AttentionSite
+from headscope.probe.call import OUTSIDE, AttentionCall, AttentionSite
 
-QUERY_STAGES = ("q.pre", "q", "z", "o")  # [B, H, Q, *]
-KEY_STAGES = ("k.pre", "k", "v")  # [B, G, K, *]
+QUERY_STAGES = ("q.pre", "q", "z", "o", *OUTSIDE)  # [B, H, Q, *]; outside the door there is one head: all of them
+KEY_STAGES = ("k.pre", "k", "v", "kv")  # [B, G, K, *]
 SCORE_STAGES = ("bias", "scores", "pattern")  # [B, H, Q, K]
 
-# For each span, the token positions it covers, one tuple for each row of the ids it was looked up in.
-SpanPositions = Mapping[Span, Sequence[tuple[int, ...]]]
+CPU = torch.device("cpu")
+
+# For each span, the token positions it covers, one tuple for each row of the ids it was looked up in. For each role its positions,
+# everywhere the same, or by the name of the site.
+SpanPositions = Mapping[Span | Role, Sequence[tuple[int, ...]] | Mapping[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +43,24 @@ class Region:
     rows: Tensor | None
     columns: Tensor | None
 
-    def mask(self) -> Tensor | None:
-        """True at the selected entries, as small as it broadcasts to [B, N, rows, columns]; None for all of them."""
+    @cached_property
+    def every_head(self) -> Region:
+        """The same entries in all heads."""
+        return Region(self.batch, None, self.rows, self.columns)
+
+    def mask(self, device: torch.device = CPU) -> Tensor | None:
+        """True at the selected entries, as small as it broadcasts to [B, N, rows, columns]; None for all of them. Made once per device."""
+        if device not in self._masks:
+            with torch.inference_mode(False):  # a mask made in inference mode could not be saved for a later backward
+                whole = self._mask()
+                self._masks[device] = None if whole is None else whole.to(device)
+        return self._masks[device]
+
+    @cached_property
+    def _masks(self) -> dict[torch.device, Tensor | None]:
+        return {}
+
+    def _mask(self) -> Tensor | None:
         parts = (
             None if self.batch is None else self.batch[:, None, None, None],
             None if self.heads is None else self.heads[None, :, None, None],
@@ -99,8 +119,9 @@ def find_region(selector: Selector, call: AttentionCall, stage: str, value: Tens
         EditError: a query head selected at k or v whose group is not selected as a whole.
         ShapeError: spans that were looked up in another number of samples than the call has.
     """
-    check_heads(selector, call.site)
-    if not selector.takes_step(call.step):
+    if stage not in OUTSIDE:
+        check_heads(selector, call.site)
+    if not takes(selector, call, value, stage):
         return None
     batch = call.q.shape[0] if stage == "bias" else value.shape[0]
     heads = call.q.shape[1] if stage == "bias" else value.shape[1]
@@ -108,15 +129,42 @@ def find_region(selector: Selector, call: AttentionCall, stage: str, value: Tens
     rows = call.queries if stage == "bias" else value.shape[2]
     columns = call.keys if stage == "bias" else value.shape[3]
     cached = call.site.kind == "self"  # only there are fewer queries than keys the last ones
-    last = max(call.keys - rows, 0) if cached else 0
+    last = max(call.keys - call.injected - rows, 0) if cached and stage not in KEY_STAGES else 0
+    side = "k" if stage in KEY_STAGES else "q"
     with torch.inference_mode(False):  # a mask made in inference mode could not be saved for a later backward
         region = Region(
             batch=_samples(selector, batch, max(call.site.fold, 1)),
             heads=_heads(selector, call, stage, heads),
-            rows=_positions(selector.keys if stage in KEY_STAGES else selector.queries, rows, last, batch, call.site.fold, spans),
-            columns=_positions(selector.keys, columns, 0, batch, call.site.fold, spans) if scores else None,
+            rows=_positions(
+                selector.keys if stage in KEY_STAGES else selector.queries, rows, last, batch, call.site.fold, spans, _place(call, side)
+            ),
+            columns=_columns(selector.keys, columns, call, batch, spans) if scores else None,
         )
     return region if region.meets() else None
+
+
+def takes(selector: Selector, call: AttentionCall, value: Tensor, stage: str) -> bool:
+    """Whether the step, timestep and phase of a call are selected. Before rotation the first call of a site begins a sequence."""
+    if not selector.takes_step(call.step) or not selector.takes_time(call.timestep):
+        return False
+    if selector.phase is None:
+        return True
+    if stage in ("q.pre", "k.pre", *OUTSIDE):
+        decoding = call.step > 0 and value.shape[2] == 1
+    else:
+        decoding = call.cached > 0
+    return decoding == (selector.phase == "decode")
+
+
+def _place(call: AttentionCall, side: str) -> str:
+    """Under which name the roles of a call's queries (side q) or keys (k) are looked up."""
+    return f"{call.site.name}{'@' + call.part if call.part else ''}/{side}"
+
+
+def _columns(positions: Positions | None, columns: int, call: AttentionCall, batch: int, spans: SpanPositions) -> Tensor | None:
+    """[B or 1, K]: selected keys; those that an edit put in front have no position."""
+    found = _positions(positions, columns - call.injected, 0, batch, call.site.fold, spans, _place(call, "k"))
+    return found if found is None or not call.injected else torch.nn.functional.pad(found, (call.injected, 0))
 
 
 def _among(length: int, indices: Sequence[int] | range) -> Tensor:
@@ -162,25 +210,48 @@ def _heads(selector: Selector, call: AttentionCall, stage: str, count: int) -> T
     return _among(count, sorted({head // shared for head in selector.heads}))
 
 
-def _positions(positions: Positions | None, count: int, offset: int, batch: int, fold: int, spans: SpanPositions) -> Tensor | None:
+def _positions(
+    positions: Positions | None, count: int, offset: int, batch: int, fold: int, spans: SpanPositions, place: str
+) -> Tensor | None:
     """[B or 1, count]: the entries of an axis that holds the absolute positions `offset` to `offset + count - 1`."""
     if positions is None:
         return None
     if isinstance(positions, Stretch):
         return _among(count, [position - offset for position in positions.indices(offset + count) if position >= offset])[None]
-    if isinstance(positions, Span):
-        if positions not in spans:
-            raise SelectionError(f"span({positions.text!r}) has no place yet: give plan.on(model, tokenizer=..., input_ids=...)")
-        found = torch.stack([_among(count, _here(row, count, offset)) for row in spans[positions]])
+    if isinstance(positions, (Span, Role)):
+        rows = _known(positions, spans, place)
+        found = torch.stack([_among(count, _here(row, count, offset)) for row in rows])
         if found.shape[0] * fold == batch:
             return found.repeat_interleave(fold, 0)
         if found.shape[0] != 1:
             raise ShapeError(
-                f"span({positions.text!r}) was looked up in {found.shape[0]} rows of input_ids, this call has a batch of {batch}: "
+                f"{positions} was looked up in {found.shape[0]} rows of input_ids, this call has a batch of {batch}: "
                 "give one row for each, or one for all"
             )
         return found
     return _among(count, _here(positions, count, offset))[None]
+
+
+def _known(positions: Span | Role, spans: SpanPositions, place: str) -> Sequence[tuple[int, ...]]:
+    """Where a span or role is, one tuple for each row it was looked up in."""
+    if positions not in spans:
+        if isinstance(positions, Role):
+            raise SelectionError(
+                f"role({positions.name!r}) is not known: give plan.on(model, roles={{{positions.name!r}: range(...)}}), "
+                "or what find_roles(model, inputs, ...) found"
+            )
+        raise SelectionError(f"span({positions.text!r}) has no place yet: give plan.on(model, tokenizer=..., input_ids=...)")
+    rows = spans[positions]
+    if not isinstance(rows, Mapping):
+        if "@" in place:
+            raise SelectionError(
+                f"{positions} at {place}: before rotation this attention projects its streams one by one, so positions in the joint "
+                "sequence do not fit; use what find_roles(model, inputs, ...) found"
+            )
+        return rows
+    if place not in rows:
+        raise SelectionError(f"{positions} is not known at {place}: it is known at {', '.join(sorted(rows)[:8])}")
+    return [rows[place]]
 
 
 def _here(positions: Sequence[int], count: int, offset: int) -> list[int]:

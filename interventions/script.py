@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 import torch
 from torch import Tensor
 
 from headscope.interventions.edit import EVERYTHING, Edit
-from headscope.interventions.ops import Assign, Call, Op, Patch
-from headscope.interventions.select import Selector, Span, Stretch
+from headscope.interventions.gates import Function, Gate
+from headscope.interventions.mixing import Mix
+from headscope.interventions.ops import Call, Op, Patch
+from headscope.interventions.rotary import Reposition
+from headscope.interventions.select import Role, Selector, Span, Stretch
+from headscope.interventions.warping import PLAIN, Warp
 from headscope.kernels.errors import RecipeError
 
 MOST_NUMBERS = 4096  # in tensors, per script
@@ -23,7 +27,8 @@ def write_script(edits: Sequence[Edit]) -> str:
     Raises:
         RecipeError: a function, a captured run, or more tensor entries than one would read; `Plan.save` keeps the latter two.
     """
-    numbers = sum(value.numel() for edit in edits for value in _values(edit.op) if isinstance(value, Tensor))
+    holders = [holder for edit in edits for holder in (edit.op, edit.gate) if isinstance(holder, (Op, Gate))]
+    numbers = sum(value.numel() for holder in holders for value in _values(holder) if isinstance(value, Tensor))
     if numbers > MOST_NUMBERS:
         raise RecipeError(
             f"the plan's tensors hold {numbers} numbers, a script at most {MOST_NUMBERS}: use plan.save(path) and Plan.load(path)"
@@ -33,32 +38,48 @@ def write_script(edits: Sequence[Edit]) -> str:
     words = {"Edit", "Plan", *(_function(edit.op) for edit in edits)} if edits else {"Plan"}
     words |= {"select"} if any(edit.selector != EVERYTHING for edit in edits) else set()
     words |= {"span"} if any(edit.selector.spans() for edit in edits) else set()
+    words |= {"role"} if any(edit.selector.roles() for edit in edits) else set()
+    words |= {"gates"} if any(isinstance(edit.gate, Gate) for edit in edits) else set()
+    words -= {"Reposition"}
     head = "import torch\n\n" if numbers else ""
-    return f"{head}from headscope.interventions import {', '.join(sorted(words))}\n\n{body}"
+    moved = any(isinstance(edit.op, Reposition) for edit in edits)
+    more = "from headscope.interventions.rotary import Reposition\n" if moved else ""
+    return f"{head}from headscope.interventions import {', '.join(sorted(words))}\n{more}\n{body}"
 
 
 def _edit(index: int, edit: Edit) -> str:
-    if isinstance(edit.op, Call) or (isinstance(edit.op, Patch) and not isinstance(edit.op.source, Tensor)):
-        advice = (
-            "write it into your own script"
-            if isinstance(edit.op, Call)
-            else "use plan.save(path), which keeps its tensors, and Plan.load(path)"
-        )
+    code = isinstance(edit.op, Call) or isinstance(edit.gate, Function)
+    if code or (isinstance(edit.op, (Patch, Mix)) and not isinstance(edit.op.source, Tensor)):
+        advice = "write it into your own script" if code else "use plan.save(path), which keeps its tensors, and Plan.load(path)"
         raise RecipeError(f"edit {index} ({edit}) cannot be written as text: {advice}")
-    parts = [repr(edit.stage), f"{_function(edit.op)}({', '.join(map(_literal, _values(edit.op)))})"]
+    parts = [repr(edit.stage), f"{_function(edit.op)}({_arguments(edit.op)})"]
     if edit.selector != EVERYTHING:
         parts.append(_selector(edit.selector))
-    if edit.gate != 1.0:
+    if isinstance(edit.gate, Gate):
+        parts.append(f"gate=gates.{edit.gate.name}({_arguments(edit.gate)})")
+    elif edit.gate != 1.0:
         parts.append(f"gate={edit.gate!r}")
     return f"Edit({', '.join(parts)})"
 
 
-def _values(op: Op) -> list[object]:
-    return [getattr(op, field.name) for field in fields(op)]
+def _arguments(holder: Op | Gate) -> str:
+    """A single one by place, several by name; those at their default are left out."""
+    several = len(fields(holder)) > 1
+    said = []
+    for field in fields(holder):
+        value = getattr(holder, field.name)
+        plain = not isinstance(value, Tensor) and field.default is not MISSING and value == field.default
+        if not plain and not (isinstance(holder, Warp) and field.name == "amount" and holder.motion not in PLAIN):
+            said.append(f"{field.name}={_literal(value)}" if several else _literal(value))
+    return ", ".join(said)
+
+
+def _values(holder: Op | Gate) -> list[object]:
+    return [getattr(holder, field.name) for field in fields(holder)]
 
 
 def _function(op: Op) -> str:
-    return "assign" if isinstance(op, Assign) else op.name
+    return {"set": "assign", "reposition": "Reposition"}.get(op.name, op.name)
 
 
 def _selector(selector: Selector) -> str:
@@ -77,6 +98,8 @@ def _selector(selector: Selector) -> str:
 def _literal(value: object) -> str:
     if isinstance(value, Tensor):
         return f"torch.tensor({value.detach().cpu().to(_exact(value)).tolist()!r}, dtype={value.dtype})"
+    if isinstance(value, Role):
+        return f"role({value.name!r})"
     if isinstance(value, Span):
         return f"span({value.text!r})"
     if isinstance(value, Stretch):

@@ -10,16 +10,22 @@ count from the end of the call: `queries=-1` is the last query of every call, th
 from __future__ import annotations
 
 import fnmatch
+import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import SupportsIndex
+
+import torch
+from torch import Tensor
 
 from headscope.kernels.errors import RecipeError, SelectionError
 from headscope.probe.call import AttentionSite
 
 KINDS = ("self", "cross", "joint", "window")
 BRANCHES = ("cond", "uncond")
+PHASES = ("prefill", "decode")
+STREAMS = ("encoder", "decoder")
 MOST_INDICES = 1_000_000
 
 
@@ -43,7 +49,14 @@ class Span:
     text: str
 
 
-Positions = tuple[int, ...] | Stretch | Span
+@dataclass(frozen=True)
+class Role:
+    """Every token of a role, such as text, image or register; `plan.on(model, roles=...)` says which those are."""
+
+    name: str
+
+
+Positions = tuple[int, ...] | Stretch | Span | Role
 Steps = tuple[int, ...] | Stretch
 IndicesLike = int | slice | Iterable[SupportsIndex]
 
@@ -59,6 +72,56 @@ def span(text: str) -> Span:
     return Span(text)
 
 
+def role(name: str) -> Role:
+    """The tokens of a role, for `queries=` or `keys=`; `plan.on(model, roles={"text": range(8)})` says which those are.
+
+    `find_roles` reads off a model which tokens come from which of its inputs.
+
+    Raises:
+        SelectionError: the name is empty.
+    """
+    if not isinstance(name, str) or not name:
+        raise SelectionError(f"role({name!r}): give the name of a role, such as 'text' or 'image'")
+    return Role(name)
+
+
+def grid(
+    shape: tuple[int, ...], *, rows: slice | int | None = None, columns: slice | int | None = None, frames: slice | int | None = None,
+    offset: int = 0,
+) -> tuple[int, ...]:  # fmt: skip
+    """Positions of a box among tokens that stand row by row (and frame by frame), for `queries=` or `keys=`.
+
+    Args:
+        shape: (rows, columns) of an image, or (frames, rows, columns) of a video, in tokens.
+        rows, columns, frames: which of them: an int or a slice; all if left out.
+        offset: tokens that stand before the grid, such as a class token or a text.
+
+    Raises:
+        SelectionError: a shape that is no grid, or a box with nothing in it.
+    """
+    if len(shape) not in (2, 3) or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise SelectionError(f"grid({shape!r}): give (rows, columns) or (frames, rows, columns), each at least 1")
+    if frames is not None and len(shape) == 2:
+        raise SelectionError(f"grid({shape!r}, frames={frames!r}): an image has no frames; give (frames, rows, columns)")
+    chosen = (rows, columns) if len(shape) == 2 else (frames, rows, columns)
+    axes = [
+        range(size)[part] if isinstance(part, slice) else range(size) if part is None else _one(part, size, shape)
+        for part, size in zip(chosen, shape, strict=True)
+    ]
+    found = [0]
+    for axis, size in zip(axes, shape, strict=True):
+        found = [place * size + index for place in found for index in axis]
+    if not found:
+        raise SelectionError(f"grid({shape!r}): the box holds no token")
+    return tuple(place + offset for place in found)
+
+
+def _one(index: int, size: int, shape: tuple[int, ...]) -> range:
+    if isinstance(index, bool) or not isinstance(index, int) or not -size <= index < size:
+        raise SelectionError(f"grid({shape!r}): no {index!r} among {size}; give an int from 0 to {size - 1}, or a slice")
+    return range(index % size, index % size + 1)
+
+
 @dataclass(frozen=True)
 class Selector:
     """A set of conditions that all have to hold; None leaves that one open. Made by `select()`.
@@ -71,6 +134,9 @@ class Selector:
         samples: rows of the batch, before windows or frames were folded into it.
         kind: `self`, `cross`, `joint` or `window`.
         branch: `cond` or `uncond`, the halves of a batch doubled for classifier-free guidance (uncond first).
+        timesteps: the lowest and highest diffusion timestep, both included, in the unit that the model is given.
+        phase: `prefill` or `decode`: calls that begin a sequence, or that continue a cached one.
+        stream: `encoder` or `decoder`: sites with that name in their path.
     """
 
     sites: tuple[str, ...] | None = None
@@ -83,10 +149,15 @@ class Selector:
     samples: tuple[int, ...] | None = None
     kind: str | None = None
     branch: str | None = None
+    timesteps: tuple[float, float] | None = None
+    phase: str | None = None
+    stream: str | None = None
 
     def matches(self, site: AttentionSite) -> bool:
         """Whether site, layer and kind are among those selected; heads and positions are not looked at."""
-        if self.kind is not None and site.kind != self.kind:
+        if self.kind is not None and site.kind not in (self.kind, "module"):
+            return False
+        if self.stream is not None and self.stream not in site.module.split("."):
             return False
         if self.layers is not None and site.layer not in self.layers:
             return False
@@ -113,7 +184,7 @@ class Selector:
         return (
             (anywhere or (self.sites == other.sites and _meet(self.layers, other.layers)))
             and (self.kind is None or other.kind is None or self.kind == other.kind)
-            and (self.branch is None or other.branch is None or self.branch == other.branch)
+            and all(_equal(getattr(self, name), getattr(other, name)) for name in ("branch", "timesteps", "phase", "stream"))
             and _meet(self.heads, other.heads)
             and _meet(self.kv_groups, other.kv_groups)
             and _meet(self.steps, other.steps)
@@ -130,6 +201,27 @@ class Selector:
     def spans(self) -> tuple[Span, ...]:
         """The text spans that have to be found before the selector can be used."""
         return tuple(positions for positions in (self.queries, self.keys) if isinstance(positions, Span))
+
+    def roles(self) -> tuple[Role, ...]:
+        """The roles that have to be known before the selector can be used."""
+        return tuple(positions for positions in (self.queries, self.keys) if isinstance(positions, Role))
+
+    def takes_time(self, timestep: Tensor | float | None) -> bool:
+        """Whether a call at this diffusion timestep is selected.
+
+        Raises:
+            SelectionError: timesteps are selected, but the model was given none, or the samples are at different ones.
+        """
+        if self.timesteps is None:
+            return True
+        if timestep is None:
+            raise SelectionError("timesteps= selects by the model's input `timestep`, which this forward was not given: use steps=")
+        values = torch.as_tensor(timestep).flatten()
+        if not bool((values == values[0]).all()):
+            raise SelectionError(
+                f"timesteps= with samples at different timesteps ({values[:4].tolist()} …): give them the same, or use samples="
+            )
+        return self.timesteps[0] <= float(values[0]) <= self.timesteps[1]
 
     def to_dict(self) -> dict[str, object]:
         """The conditions that are set, as plain values: lists, `{start, stop}` for runs, `{slice: [...]}`, `{span: text}`."""
@@ -165,12 +257,15 @@ def select(
     heads: IndicesLike | None = None,
     kv_group: int | None = None,
     kv_groups: IndicesLike | None = None,
-    queries: IndicesLike | Span | None = None,
-    keys: IndicesLike | Span | None = None,
+    queries: IndicesLike | Span | Role | None = None,
+    keys: IndicesLike | Span | Role | None = None,
     steps: IndicesLike | None = None,
     samples: IndicesLike | None = None,
     kind: str | None = None,
     branch: str | None = None,
+    timesteps: tuple[float, float] | None = None,
+    phase: str | None = None,
+    stream: str | None = None,
 ) -> Selector:
     """The part of a model's attention that an edit or a capture concerns; `select()` is all of it.
 
@@ -179,11 +274,15 @@ def select(
         layer, layers: one index, or a list or range; together with `sites` both must hold.
         head, heads: query heads. At the stages k and v they must cover whole key/value groups.
         kv_group, kv_groups: key/value heads; at q, scores, pattern, z and o all query heads that share them.
-        queries, keys: an int, a list, a range, a slice or `span("text")`; negative counts from the end of the call.
+        queries, keys: an int, a list, a range, a slice, `span("text")`, `role("image")` or `grid(...)`; negative counts from the end of the
+            call.
         steps: which calls of a site, from 0.
         samples: rows of the batch.
         kind: `self`, `cross`, `joint` or `window`.
         branch: `cond` or `uncond` half of a batch doubled for guidance.
+        timesteps: (lowest, highest) diffusion timestep, both included, as the model is given it: 0 to 1000 in most, 0 to 1 in some.
+        phase: `prefill` or `decode`.
+        stream: `encoder` or `decoder` of a model that has both.
 
     Raises:
         SelectionError: an empty or malformed condition, or two that say the same thing.
@@ -203,6 +302,8 @@ def select(
         raise SelectionError("samples and branch were both given: a branch is a half of the samples, so give one of them")
     _one_of("kind", kind, KINDS)
     _one_of("branch", branch, BRANCHES)
+    _one_of("phase", phase, PHASES)
+    _one_of("stream", stream, STREAMS)
     return Selector(
         sites=_globs(sites),
         layers=_indices("layers", layer if layers is None else layers),
@@ -214,6 +315,9 @@ def select(
         samples=_indices("samples", samples),
         kind=kind,
         branch=branch,
+        timesteps=_range_of_times(timesteps),
+        phase=phase,
+        stream=stream,
     )
 
 
@@ -260,8 +364,22 @@ def _indices(name: str, value: IndicesLike | None) -> tuple[int, ...] | None:
     return found
 
 
-def _positions(name: str, value: IndicesLike | Span | None) -> Positions | None:
-    if value is None or isinstance(value, Span):
+def _range_of_times(value: object) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    pair = tuple(value) if isinstance(value, (tuple, list)) else ()
+    numbers = [float(end) for end in pair if isinstance(end, (int, float)) and not isinstance(end, bool) and math.isfinite(end)]
+    if len(pair) != 2 or len(numbers) != 2 or numbers[0] > numbers[1]:
+        raise SelectionError(f"timesteps={value!r}: give the lowest and the highest, such as (500, 1000)")
+    return numbers[0], numbers[1]
+
+
+def _equal(one: object, other: object) -> bool:
+    return one is None or other is None or one == other
+
+
+def _positions(name: str, value: IndicesLike | Span | Role | None) -> Positions | None:
+    if value is None or isinstance(value, (Span, Role)):
         return value
     if isinstance(value, slice):
         return _stretch(name, value)
@@ -292,6 +410,8 @@ def _meet(one: Positions | None, other: Positions | None) -> bool:
 def _plain(value: object) -> object:
     if isinstance(value, Span):
         return {"span": value.text}
+    if isinstance(value, Role):
+        return {"role": value.name}
     if isinstance(value, Stretch):
         return {"slice": [value.start, value.stop, value.step]}
     if isinstance(value, tuple):
@@ -309,17 +429,23 @@ def _read(name: str, value: object) -> object:
         return value
     if set(value) == {"span"}:
         return span(value["span"])
+    if set(value) == {"role"}:
+        return role(value["role"])
     if set(value) == {"slice"} and isinstance(value["slice"], list) and len(value["slice"]) == 3:
         return slice(*value["slice"])
     if set(value) == {"start", "stop"} and all(isinstance(end, int) and not isinstance(end, bool) for end in value.values()):
         return range(value["start"], value["stop"])
-    raise RecipeError(f"{name}: {value!r}: a mapping here is {{start: 4, stop: 8}}, {{slice: [start, stop, step]}} or {{span: text}}")
+    raise RecipeError(
+        f"{name}: {value!r}: a mapping here is {{start: 4, stop: 8}}, {{slice: [start, stop, step]}}, {{span: text}} or {{role: name}}"
+    )
 
 
 def _spoken(value: object) -> str:
     if isinstance(value, dict):
         if "span" in value:
             return repr(value["span"])
+        if "role" in value:
+            return f"role {value['role']}"
         if "slice" in value:
             return ":".join("" if end is None else str(end) for end in value["slice"])
         return f"{value['start']} to {value['stop'] - 1}"

@@ -13,7 +13,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-STAGES = ("q.pre", "k.pre", "q", "k", "v", "bias", "scores", "pattern", "z", "o")
+# `pos` is carried out at q and k. The last three lie outside the door: what attention writes, what leaves its block, or any module.
+STAGES = ("pos", "q.pre", "k.pre", "q", "k", "v", "kv", "bias", "scores", "pattern", "z", "o", "attn_out", "resid", "out")
+OUTSIDE = ("attn_out", "resid", "out")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class AttentionCall:
     # An edit changed scores or pattern, or the model's code makes them in a way that cannot be run again: they are materialised.
     rewritten: bool = False
     recomputed: bool = False  # a checkpoint's second forward: edits apply, captures do not count it
+    timestep: Tensor | float | None = None  # of a diffusion model, as its forward was given it
+    injected: int = 0  # keys in front that an edit put there
+    part: str = ""  # before rotation, `main` or `added` where a joint attention projects its two streams one by one
     z: Tensor | None = None
     replay: Replay | None = field(default=None, repr=False)  # None where scale, mask and bias say it all
     # The normalised pattern where it was materialised anyway (by the model's code or for an edit).
@@ -102,6 +107,11 @@ class AttentionCall:
     @property
     def keys(self) -> int:
         return self.k.shape[2]
+
+    @property
+    def cached(self) -> int:
+        """Keys of a self-attention before the first query: what a cache holds."""
+        return max(self.keys - self.injected - self.queries, 0) if self.site.kind == "self" else 0
 
     @property
     def groups(self) -> int:
@@ -137,6 +147,21 @@ class Replay(Protocol):
     def detached(self) -> Replay:
         """The same, holding on to no autograd graph."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class Extension:
+    """Keys and values that an edit puts in front of those of a call.
+
+    Attributes:
+        k: [B, G, M, D], rotated as keys of the cache are.
+        v: [B, G, M, V].
+        visible: [B or 1, M], bool, False where a row has fewer than M; None for all.
+    """
+
+    k: Tensor
+    v: Tensor
+    visible: Tensor | None = None
 
 
 class Handler(Protocol):

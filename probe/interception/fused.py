@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headscope.kernels import reference
 from headscope.kernels.checks import full_rank
-from headscope.probe.call import AttentionCall
+from headscope.probe.call import AttentionCall, Extension
 from headscope.probe.interception.axes import Atom, Axes
 from headscope.probe.interception.candidate import Candidate, Grouping, describe, expand_batch, head_count
 from headscope.probe.interception.guard import guarded, refuse_reentrant
@@ -157,7 +157,7 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     step = session.next_step(name, place.recomputed)
     call = AttentionCall(site, step, q, k, v, scale, mask, bias, causal, recomputed=place.recomputed)
     stages = session.stages(site)
-    if not stages & {"q", "k", "v", "bias", "scores", "pattern"}:
+    if not stages & {"q", "k", "v", "kv", "bias", "scores", "pattern"}:
         result = func(*args, **kwargs)
     else:
         refuse_reentrant(session, place)
@@ -171,7 +171,7 @@ def run(tracker: Tracker, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     call.z = z
     session.finish(call)
     result = guarded(result, session, place, name)
-    if site.output_projection is not None and "o" not in stages:
+    if site.output_projection is not None and not stages & {"o", "attn_out"}:
         return result
     z_axes, grouping = fold.axes(result.shape[-1])  # on to W_O: to learn which it is, or to edit what it writes
     candidate = Candidate(session, place, place.path, "softmax", grouping, None, call=call.spent(), confirmed=True, stages=stages)
@@ -197,6 +197,8 @@ def _edited(
         call.k = session.change(call, "k", k)
     if "v" in stages:
         call.v = session.change(call, "v", v)
+    for extension in session.extend(call) if "kv" in stages else ():
+        _extend(call, extension)
     if "bias" in stages:
         zero = torch.zeros((), dtype=q.dtype, device=q.device)
         added = session.change(call, "bias", zero)
@@ -212,8 +214,11 @@ def _edited(
     for name, old, changed in (("key", k, call.k), ("value", v, call.v)):
         if changed is not old and changed is not None:
             whole = changed.repeat_interleave(repeated, dim=1) if repeated > 1 else changed
-            new[name] = whole.to(old.dtype).reshape(bound[name].shape)
-    if "bias" in stages and call.bias is not None:
+            new[name] = whole.to(old.dtype).reshape(*bound[name].shape[:-2], *whole.shape[-2:])
+    if call.injected:
+        new["is_causal"] = False
+        new["attn_mask"] = None if call.mask is None else fold.unmask(call.mask)
+    if ("bias" in stages or call.injected) and call.bias is not None:
         joined = call.bias.to(call.q.dtype)
         if call.mask is not None:
             joined = torch.where(call.mask, joined, -math.inf)
@@ -223,6 +228,28 @@ def _edited(
             new["is_causal"] = False
         new["attn_mask"] = fold.unmask(joined)
     return func(**new)
+
+
+def _extend(call: AttentionCall, extension: Extension) -> None:
+    """Put keys and values in front of those of the call; its mask, bias and causality go on to mean the same pairs."""
+    assert call.v is not None
+    extra, queries, keys = extension.k.shape[2], call.queries, call.keys
+    visible = extension.visible
+    hides = visible is not None and not bool(visible.all())
+    if call.is_causal or call.mask is not None or hides:
+        own = full_rank(call.mask)
+        own = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=call.q.device) if own is None else own
+        own = own.tril() if call.is_causal else own
+        front = torch.ones(1, extra, dtype=torch.bool, device=call.q.device) if visible is None else visible.to(call.q.device)
+        shape = (max(own.shape[0], front.shape[0]), own.shape[1], own.shape[2])
+        call.mask = torch.cat([front[:, None, None].expand(*shape, extra), own.expand(*shape, keys)], dim=-1)
+        call.is_causal = False
+    bias = full_rank(call.bias)
+    if bias is not None:
+        call.bias = torch.cat([bias.new_zeros(*bias.shape[:3], extra), bias.expand(*bias.shape[:3], keys)], dim=-1)
+    call.k = torch.cat([extension.k.to(call.k), call.k], dim=2)
+    call.v = torch.cat([extension.v.to(call.v), call.v], dim=2)
+    call.injected += extra
 
 
 def dense(session: Session, call: AttentionCall, stages: frozenset[str], fold: Fold, dropout: float) -> Tensor:

@@ -336,28 +336,38 @@ def project(product: Product, which: int, node: Node, run: Callable[[], Tensor])
     if name is not None and site.output_projection is None:
         site = session.sites[site.name] = call.site = site.named(output_projection=name.removesuffix(".weight"))
     result = run()
-    if "o" not in candidate.stages:
+    if not candidate.stages & {"o", "attn_out"}:
         return result
     seen = {a.key: a for a in present}
     if ax.size_of([seen[a.key] for a in query if a.key in seen]) != call.queries:
-        raise EditError(f"{site.name} sends its queries through several output projections: edit z instead of o")
+        raise EditError(
+            f"{site.name} sends its queries through several output projections: edit z, or what its projections return with stage out"
+        )
     new = Atom(("e",), next(n for c, n in zip(product.result_letters, result.shape, strict=True) if c not in letters))
     out_axes: Axes = tuple(node.axes[letters.index(c)] if c in letters else (new,) for c in product.result_letters)
     out_groups, groups = (batch, query, [new]), (batch, head, query, width)
-    z = arrange(tensor, node.axes, groups, expand=True)
+    if "o" in candidate.stages:
+        z = arrange(tensor, node.axes, groups, expand=True)
 
-    def through(x: Tensor) -> Tensor:
-        return product.rebuild(x, weight) if which == 0 else product.rebuild(weight, x)
+        def through(x: Tensor) -> Tensor:
+            return product.rebuild(x, weight) if which == 0 else product.rebuild(weight, x)
 
-    constant = through(torch.zeros_like(tensor))  # the projection's bias belongs to no head
-    parts = []
-    for h in range(z.shape[1]):
-        only = torch.zeros_like(z)
-        only[:, h] = z[:, h]
-        parts.append(arrange(through(restore(only, tensor, node.axes, groups)) - constant, out_axes, out_groups))
-    o = torch.stack(parts, dim=1)  # [B, H, Q, E]
-    changed = session.change(call, "o", o)
-    return result if changed is o else result + restore((changed - o).sum(1).to(result.dtype), result, out_axes, out_groups)
+        constant = through(torch.zeros_like(tensor))  # the projection's bias belongs to no head
+        parts = []
+        for h in range(z.shape[1]):
+            only = torch.zeros_like(z)
+            only[:, h] = z[:, h]
+            parts.append(arrange(through(restore(only, tensor, node.axes, groups)) - constant, out_axes, out_groups))
+        o = torch.stack(parts, dim=1)  # [B, H, Q, E]
+        changed = session.change(call, "o", o)
+        if changed is not o:
+            result = result + restore((changed - o).sum(1).to(result.dtype), result, out_axes, out_groups)
+    if "attn_out" in candidate.stages:
+        written = arrange(result, out_axes, out_groups)[:, None]  # [B, 1, Q, E]
+        changed = session.change(call, "attn_out", written)
+        if changed is not written:
+            result = restore(changed[:, 0].to(result.dtype), result, out_axes, out_groups)
+    return result
 
 
 def mix_heads(tracker: Tracker, product: Product, which: int, result: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 
 from headscope.kernels.errors import NotIntercepted
 from headscope.probe.call import Handler
-from headscope.probe.interception import flex, graph, projections
+from headscope.probe.interception import flex, graph, outside, projections
 from headscope.probe.interception.mode import watch
 from headscope.probe.interception.session import Session, session_of
 
@@ -46,6 +46,7 @@ def intercept(model: nn.Module, handler: Handler, strict: bool = True) -> Iterat
     try:
         if handler.changes:
             projections.install(session, handler, entry.undo)
+            outside.install(session, handler, entry.undo)
         yield session
         if session.depth == 0:
             session.settle()

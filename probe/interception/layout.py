@@ -74,7 +74,7 @@ def layout(
         for part in parts:
             if part is tensor:
                 break
-            before += part.shape[dim]
+            before += part.shape[dim] if part.ndim == tensor.ndim else 0  # torch allows an empty [0] among them
         grown = ax.resized(axes[dim], output.shape[dim], before)
         return None if grown is None else (*axes[:dim], grown, *axes[dim + 1 :])
     if name == "pad":

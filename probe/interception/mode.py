@@ -40,6 +40,20 @@ class Watch(TorchFunctionMode):
         finally:
             _remove(self)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let torch calls of this thread pass unseen: those of an edit in a hook are none of the model's."""
+        modes = _unstacked()
+        for mode in modes:
+            if mode is not self:
+                _push(mode)
+        try:
+            yield
+        finally:
+            _unstacked()
+            for mode in modes:
+                _push(mode)
+
 
 def current_tracker() -> Tracker | None:
     """The tracker of this thread, while it watches anything."""
@@ -68,15 +82,20 @@ def watch(session: Session) -> Iterator[None]:
 @contextmanager
 def beneath(mode: TorchFunctionMode) -> Iterator[None]:
     """Let a mode see the torch calls of this thread after all others have: the watch and its edits come first."""
-    held = []
-    while torch._C._len_torch_function_stack() > 0:
-        held.append(torch.overrides._pop_mode())  # type: ignore[no-untyped-call]
-    for one in (mode, *reversed(held)):
+    for one in (mode, *_unstacked()):
         _push(one)
     try:
         yield
     finally:
         _remove(mode)
+
+
+def _unstacked() -> list[TorchFunctionMode]:
+    """All modes of the thread, the outermost first, taken off the stack."""
+    held: list[TorchFunctionMode] = []
+    while torch._C._len_torch_function_stack() > 0:
+        held.append(torch.overrides._pop_mode())  # type: ignore[no-untyped-call]
+    return held[::-1]
 
 
 def _push(mode: TorchFunctionMode) -> None:

@@ -75,10 +75,12 @@ def install(session: Session, handler: Handler, undo: list[Callable[[], None]]) 
         for stage, places in available.items():
             if stage in stages:
                 session.tapped.add((path, stage))
-                undo.extend(place.register_forward_hook(_hook(session, handler, site, stage)).remove for place in places)
+                parts = ("main", "added") if len(places) > 1 else ("",)
+                hooks = [_hook(session, handler, site, stage, part) for part in parts]
+                undo.extend(place.register_forward_hook(hook).remove for place, hook in zip(places, hooks, strict=True))
 
 
-def _hook(session: Session, handler: Handler, site: AttentionSite, stage: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
+def _hook(session: Session, handler: Handler, site: AttentionSite, stage: str, part: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
     heads_last: list[bool] = []
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
@@ -102,8 +104,10 @@ def _hook(session: Session, handler: Handler, site: AttentionSite, stage: str) -
             batched = output if output.ndim == 3 else output[None]
             value = batched.view(*batched.shape[:2], count, -1).transpose(1, 2)  # [B, H, S, D]
         entry = next(e for e in session.entries if e.handler is handler)
-        call = AttentionCall(known, session.steps[known.name] - entry.base[known.name], value, value, None)
-        changed = handler.change(call, stage, value)
+        step = session.steps[known.name] - entry.base[known.name]
+        call = AttentionCall(known, step, value, value, None, timestep=session.timestep, part=part)
+        with session.watch.aside():
+            changed = handler.change(call, stage, value)
         if changed is value:
             return None
         if changed.shape != value.shape:

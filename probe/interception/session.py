@@ -8,6 +8,7 @@ begins, and they go when the last handler leaves.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections import Counter
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from headscope.kernels.errors import EditError, NotIntercepted, ShapeError
-from headscope.probe.call import AttentionCall, AttentionSite, Handler
+from headscope.probe.call import AttentionCall, AttentionSite, Extension, Handler
 from headscope.probe.interception.place import clean_path, recomputing
 
 _sessions: dict[tuple[int, int], Session] = {}  # (id of the model, thread) -> its session
@@ -57,6 +58,7 @@ class Session:
         self.unclaimed: list[str] = []  # normalisers over activation products that became no attention call
         self.forwards = 0
         self.batch: int | None = None
+        self.timestep: Tensor | float | None = None
         self.depth = 0
         self.scripted = _scripted_attention(model, self.paths)
         self.tapped: set[tuple[str, str]] = set()  # (module, stage) hooked for edits before rotation
@@ -126,7 +128,24 @@ class Session:
             self.ordinals.clear()
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
             self.batch = tensors[0].shape[0] if tensors else None
+            self.timestep = self._timestep(args, kwargs)
         self.depth += 1
+
+    def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | float | None:
+        """The diffusion timestep among the model's inputs, if it has one by that name."""
+        place = self._timestep_place
+        name, index = place if place is not None else ("", len(args))
+        found = kwargs.get(name, args[index] if index < len(args) else None)
+        return found if isinstance(found, (Tensor, int, float)) and not isinstance(found, bool) else None
+
+    @cached_property
+    def _timestep_place(self) -> tuple[str, int] | None:
+        """Name and position of the parameter that takes the diffusion timestep."""
+        try:
+            names = list(inspect.signature(self.model.forward).parameters)
+        except ValueError:  # TorchScript's has none
+            return None
+        return next(((name, names.index(name)) for name in ("timestep", "timesteps") if name in names), None)
 
     def _root_ends(self, module: nn.Module, args: tuple[Any, ...], result: object) -> None:
         if threading.get_ident() != self.thread:
@@ -214,6 +233,7 @@ class Session:
     def change(self, call: AttentionCall, stage: str, value: Tensor) -> Tensor:
         """Let every handler change a value; the one given comes back itself when none does."""
         count = call.step
+        call.timestep = self.timestep
         for entry in self.entries:
             if stage not in entry.handler.stages(call.site):
                 continue
@@ -228,8 +248,20 @@ class Session:
         call.step = count
         return value
 
+    def extend(self, call: AttentionCall) -> list[Extension]:
+        """Keys and values that handlers put in front of those of a call, the first to be entered outermost."""
+        count, found = call.step, []
+        call.timestep = self.timestep
+        for entry in self.entries:
+            if "kv" in entry.handler.stages(call.site):
+                call.step = count - entry.base[call.site.name]
+                found += entry.handler.extend(call)  # type: ignore[attr-defined]
+        call.step = count
+        return found
+
     def finish(self, call: AttentionCall) -> None:
         count = call.step
+        call.timestep = self.timestep
         for entry in self.entries:
             entry.calls += 1
             call.step = count - entry.base[call.site.name]
