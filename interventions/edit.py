@@ -16,7 +16,7 @@ does not commute with (scores times 2, then plus 1); `schedule` then leaves it w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -204,12 +204,18 @@ def change(edit: Edit, stage: str, value: Tensor, call: AttentionCall, region: R
     """
     if edit.identity:
         return value
-    if region is None or region.heads is None or not (edit.op.per_head or isinstance(edit.gate, Gate)):
+    if region is None or not (edit.op.per_head or isinstance(edit.gate, Gate)):
         return _changed(edit, stage, value, call, None if region is None else region.mask(value.device))
-    chosen = region.heads.nonzero().flatten().to(value.device)
-    part = value[:, chosen]
-    new = _changed(edit, stage, part, call, region.every_head.mask(value.device))
-    return value.index_copy(1, chosen, new)
+    mask = region.within_cuts.mask(value.device)
+    return _cut(value, region.cuts(value.device), lambda part: _changed(edit, stage, part, call, mask))
+
+
+def _cut(value: Tensor, cuts: Sequence[tuple[int, Tensor]], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A change of the chosen heads and positions alone, as (axis, indices), put back where they were."""
+    if not cuts:
+        return change(value)
+    axis, chosen = cuts[0]
+    return value.index_copy(axis, chosen, _cut(value.index_select(axis, chosen), cuts[1:], change))
 
 
 def _changed(edit: Edit, stage: str, value: Tensor, call: AttentionCall, mask: Tensor | None) -> Tensor:

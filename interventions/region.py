@@ -44,9 +44,14 @@ class Region:
     columns: Tensor | None
 
     @cached_property
-    def every_head(self) -> Region:
-        """The same entries in all heads."""
-        return Region(self.batch, None, self.rows, self.columns)
+    def within_cuts(self) -> Region:
+        """What is left to tell where `cuts` has been taken out."""
+        return Region(self.batch, None, self.rows if self.rows is not None and len(self.rows) > 1 else None, self.columns)
+
+    def cuts(self, device: torch.device) -> list[tuple[int, Tensor]]:
+        """(axis, indices) of the selected heads, and of the selected rows where they are the same in all samples."""
+        heads, rows = self.heads, self.rows[0] if self.rows is not None and len(self.rows) == 1 else None
+        return [(axis, chosen.nonzero().flatten().to(device)) for axis, chosen in ((1, heads), (2, rows)) if chosen is not None]
 
     def mask(self, device: torch.device = CPU) -> Tensor | None:
         """True at the selected entries, as small as it broadcasts to [B, N, rows, columns]; None for all of them. Made once per device."""
