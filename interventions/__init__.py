@@ -19,6 +19,8 @@ from headscope.interventions.ops import add, assign, bias, call, freeze, mask, p
 from headscope.interventions.plan import Plan
 from headscope.interventions.roles import find_roles
 from headscope.interventions.rotary import band, phase, reposition
+from headscope.interventions.saferope.examples import Prompted
+from headscope.interventions.saferope.saferope import SafeRoPE
 from headscope.interventions.select import Role, Selector, Span, grid, role, select, span
 from headscope.interventions.subspace import project, rotate
 from headscope.interventions.warping import warp
@@ -28,7 +30,9 @@ __all__ = [
     "Gate",
     "Plan",
     "PlanDifference",
+    "Prompted",
     "Role",
+    "SafeRoPE",
     "Selector",
     "Span",
     "add",

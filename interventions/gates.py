@@ -2,9 +2,8 @@
 
 Letters: B batch, N heads (of the stage, or those that are selected), S tokens, D width, R rank of a subspace.
 
-A gate reads the value at its own stage before the edit, of the selected heads and tokens alone. Its tensors are for all heads, or count those
-that the edit selects: [D, R] or
-[N, D, R], [D] or [N, D].
+A gate reads the value at its own stage before the edit, of the selected heads and tokens alone. Its tensors are for all heads, or
+count those that the edit selects: [D, R] or [N, D, R], [D] or [N, D].
 """
 
 from __future__ import annotations
