@@ -68,8 +68,8 @@ class Noise(Op):
         return self.scale == 0.0 and self.keep == 1.0
 
     def apply(self, value: Tensor, call: AttentionCall, stage: str) -> Tensor:
-        place = zlib.crc32(f"{call.site.name} {call.step} {stage}".encode())
-        generator = torch.Generator().manual_seed((self.seed << 32) + place)
+        place = zlib.crc32(f"{self.seed} {call.site.name} {call.step} {stage}".encode())  # a generator looks at 32 bits
+        generator = torch.Generator().manual_seed(place)
         drawn = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value)
         spread = value.detach().float().std(dim=(2, 3), keepdim=True, correction=0).to(value.dtype)  # [B, N, 1, 1]
         return self.keep * value + self.scale * spread * drawn

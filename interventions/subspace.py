@@ -22,25 +22,39 @@ SKEW = 1e-4  # how far A + Aᵀ may be from 0, relative to A
 
 @dataclass(frozen=True, eq=False)
 class Project(Op):
-    """x - strength · U Uᵀ x, or with `keep` the part in the subspace alone."""
+    """x - strength · U Uᵀ x, or with `keep` the part in the subspace alone.
+
+    Attributes:
+        basis: U, orthonormal.
+        strength: a number, or one for each column of U, [R]: x - U diag(s) Uᵀ x.
+        keep: take away what is outside of the subspace.
+        renormalise: give the result the length that x had; where nothing is left it stays zero.
+    """
 
     basis: Tensor
-    strength: float = 1.0
+    strength: float | Tensor = 1.0
     keep: bool = False
+    renormalise: bool = False
     name: ClassVar[str] = "project"
     stages: ClassVar[frozenset[str]] = LINEAR_STAGES
     per_head: ClassVar[bool] = True
 
     @property
     def identity(self) -> bool:
-        return self.strength == 0.0
+        return isinstance(self.strength, float) and self.strength == 0.0
 
     def apply(self, value: Tensor, call: AttentionCall, stage: str) -> Tensor:
         x = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
         basis = fitted(self.basis, x)
-        inside = (x @ basis) @ basis.mT
-        taken = x - inside if self.keep else inside
-        return (x - self.strength * taken).to(value.dtype)
+        if isinstance(self.strength, Tensor):
+            new = x - ((x @ basis) * self.strength.to(x)) @ basis.mT
+        else:
+            inside = (x @ basis) @ basis.mT
+            new = x - self.strength * (x - inside if self.keep else inside)
+        if self.renormalise:
+            left = new.norm(dim=-1, keepdim=True)
+            new = new * (x.norm(dim=-1, keepdim=True) / left.masked_fill(left == 0, 1))
+        return new.to(value.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,13 +139,14 @@ def _by_eigenvectors(c: Tensor, skew: Tensor, gate: float | Tensor) -> Tensor:
     return found.masked_fill(gate == 0, 0.0) if isinstance(gate, Tensor) else found
 
 
-def project(basis: Tensor, strength: float = 1.0, *, keep: bool = False) -> Project:
+def project(basis: Tensor, strength: float | Tensor = 1.0, *, keep: bool = False, renormalise: bool = False) -> Project:
     """Take the part in a subspace away, x - strength · U Uᵀ x, or with `keep` all but that part.
 
     Args:
         basis: U, [D, R] or one for each selected head [N, D, R], orthonormal columns; a single direction may be [D], of any length.
-        strength: 1 takes all of it, 0 nothing, 2 mirrors it.
+        strength: 1 takes all of it, 0 nothing, 2 mirrors it, -1 doubles it; or one for each column, [R].
         keep: take away what is outside of the subspace.
+        renormalise: give every token the length back that it had.
 
     Raises:
         EditError: a basis that is not orthonormal, or of a rank above the width.
@@ -141,9 +156,18 @@ def project(basis: Tensor, strength: float = 1.0, *, keep: bool = False) -> Proj
         if not size:
             raise EditError("project() of the zero direction: give a direction of some length")
         basis = (basis.double() / size).to(basis.dtype)[:, None]
+    basis = orthonormal(basis)
+    if isinstance(strength, Tensor):
+        finite("strength", strength)
+        if keep or strength.shape != basis.shape[-1:]:
+            raise EditError(
+                f"project(strength {list(strength.shape)}{', keep=True' if keep else ''}): one for each column of the basis is "
+                f"[{basis.shape[-1]}], and without keep"
+            )
+        return Project(basis, strength, False, bool(renormalise))
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not abs(strength) < float("inf"):
         raise EditError(f"project(strength={strength!r}): give a finite number; 1 takes the whole part away")
-    return Project(orthonormal(basis), float(strength), bool(keep))
+    return Project(basis, float(strength), bool(keep), bool(renormalise))
 
 
 def rotate(basis: Tensor, skew: Tensor) -> Rotate:

@@ -20,7 +20,7 @@ from headscope.kernels.errors import InputError, SelectionError
 from headscope.probe.call import AttentionCall, AttentionSite
 from headscope.probe.interception import intercept
 
-SMALL = 1e-4  # of an entry of the matrix, beside a gain of about 1
+SMALL = 1e-7  # of an entry of the matrix, beside a gain of about 1: the slowest planes hardly turn, and all others are exactly 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def read_rotary(model: nn.Module, inputs: Mapping[str, Any], *, tolerance: float
     heads = {name: value.shape[1] for name, value in plain.before.items()}
     matrices: dict[str, list[Tensor]] = {name: [] for name in widths}
     for round_ in range(max(-(-widths[name] // heads[name]) for name in widths)):
-        columns = _Columns(round_ * 1, basis=True)
+        columns = _Columns(round_, basis=True)
         _run(model, inputs, columns)
         for name, after in columns.after.items():
             if name in matrices:

@@ -315,7 +315,11 @@ def test_shapes_that_do_not_fit_are_both_named(edit: Edit, error: type[Headscope
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Edit("zz", scale(0.0)), EditError, "no stage 'zz': the stages are pos, q.pre, k.pre, q, k, v, kv, bias, scores, pattern, z, o, attn_out, resid, out"),
+        (
+            lambda: Edit("zz", scale(0.0)),
+            EditError,
+            "no stage 'zz': the stages are pos, q.pre, k.pre, q, k, v, kv, bias, scores, pattern, z, o, attn_out, resid, out",
+        ),
         (lambda: Edit("z", 0.0), EditError, "op=0.0: give an operation such as scale(0.0)"),
         (lambda: Edit("z", scale(0.0), 3), EditError, "selector=3: give select(...)"),
         (lambda: Edit("z", bias(1.0)), EditError, "bias(1.0) cannot be done at z: it works at bias, scores"),
