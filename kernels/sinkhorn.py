@@ -216,7 +216,8 @@ def _balance(over_keys: Sums, over_queries: Sums, g: Tensor, half_steps: int, *,
         if step % 2:
             f = (-rows).masked_fill(~living_rows, 0.0)
             if not last or watch:
-                columns = over_queries(f.detach() if last else f)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not last):  # the last one only shows how far it came
+                    columns = over_queries(f)
                 deviations.append(_deviation(columns + g - target, living_columns))
         else:
             g = (target - columns).masked_fill(~living_columns, 0.0)
