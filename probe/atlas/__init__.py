@@ -1,0 +1,1 @@
+"""What each head does: scores, circuits and one-line cards."""
