@@ -83,8 +83,9 @@ pictures: $(VENV)/.dev
 	$(RUN) docs/screenshots.py
 
 train: $(VENV)/.dev
-	$(INSTALL) -e ".[train]"
+	$(INSTALL) -e ".[train,diffusion]"
 	$(RUN) probe/embedded/train_vit.py && $(RUN) probe/embedded/model_card.py probe/embedded/vit
+	$(RUN) probe/embedded/train_mmdit.py && $(RUN) probe/embedded/model_card.py probe/embedded/mmdit
 	$(if $(TEXT),$(RUN) probe/embedded/train_lm.py --text $(TEXT) && $(RUN) probe/embedded/model_card.py probe/embedded/lm,@echo "embedded:lm is left as it is: name the texts with make train TEXT=\"first.txt second.txt\"")
 
 clean:

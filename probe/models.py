@@ -23,13 +23,18 @@ from torch import Tensor, nn
 
 from headscope.kernels.errors import InputError, ModelError
 from headscope.probe.checkpoint import check_weights, read_json, refuse_code
+from headscope.probe.digit_flow import DigitFlow, load_digit_flow
 from headscope.probe.hub import fetch, is_hub_name
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
-EMBEDDED = {"lm": "a small Llama that writes English", "vit": "a small vision transformer that reads 8 × 8 digits"}
+EMBEDDED = {
+    "lm": "a small Llama that writes English",
+    "vit": "a small vision transformer that reads 8 × 8 digits",
+    "mmdit": "a small Flux transformer that draws 8 × 8 digits from prompts; needs diffusers",
+}
 TASKS = {
     "base": "AutoModel",
     "causal-lm": "AutoModelForCausalLM",
@@ -53,7 +58,8 @@ def load(
     """A model in evaluation mode, and what feeds it.
 
     Args:
-        name: `embedded:lm`, `embedded:vit`, a folder (transformers or diffusers), a hub id, or `timm:` and a timm model name.
+        name: `embedded:lm`, `embedded:vit`, `embedded:mmdit`, a folder (transformers or diffusers), a hub id, or `timm:` and a
+            timm model name.
         device: where the weights go.
         dtype: their type, as `torch.float16` or `"float16"`; by default float32 on a CPU, elsewhere as stored.
         task: the head on top, one of `TASKS`; by default the class that the model was saved as. transformers only.
@@ -62,7 +68,8 @@ def load(
 
     Returns:
         The model, and a tokenizer, a transformers processor, timm's transform, `digits_processor`, or None if the folder has
-        none. For a diffusers pipeline: its denoiser (the module with the attention), and the pipeline itself, which runs it.
+        none. For a diffusers pipeline: its denoiser (the module with the attention), and the pipeline itself, which runs it;
+        for `embedded:mmdit` likewise the transformer and its `DigitFlow`.
 
     Raises:
         ModelError: there is no such model, it cannot be loaded without running foreign code, or it is damaged.
@@ -80,12 +87,14 @@ def load(
             model, processor = _load_pipeline(folder, text, place, number, allow_pickle=allow_pickle)
         else:
             model, processor = _load_folder(folder, text, number, task, allow_pickle=allow_pickle)
+    other = number is not None and any(value.dtype != number for value in (*model.parameters(), *model.buffers()))
     with _explained(text):
-        return model.to(device=place, dtype=number).eval(), processor
+        moved = model.to(device=place, dtype=number) if other else model.to(place)  # diffusers warns of any type it is told
+        return moved.eval(), processor
 
 
 def embedded_folder(name: str) -> Path:
-    """The folder of an embedded model, `lm` or `vit`, with or without `embedded:` before it; an ordinary transformers folder."""
+    """The folder of an embedded model, with or without `embedded:` before its name; `lm` and `vit` are ordinary transformers folders."""
     short = name.removeprefix("embedded:")
     if short not in EMBEDDED:
         known = "; ".join(f"embedded:{key} ({what})" for key, what in EMBEDDED.items())
@@ -244,6 +253,8 @@ def _load_folder(folder: Path, name: str, number: torch.dtype | None, task: str 
     config = read_json(folder / "config.json")
     refuse_code(config, name)
     safe = check_weights(folder, name, allow_pickle=allow_pickle)
+    if config.get("_class_name") == "FluxTransformer2DModel" and (folder / "prompts.json").is_file():
+        return _load_digit_flow(folder, name)
     if isinstance(config.get("_class_name"), str):
         return _load_diffusers_model(folder, name, config["_class_name"], safe), None
     with _explained(name):
@@ -315,6 +326,13 @@ def _load_diffusers_model(folder: Path, name: str, kind: str, safe: bool) -> nn.
     with _explained(name):
         model: nn.Module = found.from_pretrained(folder, use_safetensors=safe, local_files_only=True)
         return model
+
+
+def _load_digit_flow(folder: Path, name: str) -> tuple[nn.Module, DigitFlow]:
+    kind = _diffusers(name).FluxTransformer2DModel
+    with _explained(name):
+        flow = load_digit_flow(folder, kind)
+        return flow.model, flow
 
 
 def _load_pipeline(

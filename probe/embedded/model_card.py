@@ -1,6 +1,6 @@
 """Write the numbers of `training.json` into the model card beside it, between two marks; the rest of the card is prose.
 
-python probe/embedded/model_card.py probe/embedded/lm probe/embedded/vit
+python probe/embedded/model_card.py probe/embedded/lm probe/embedded/vit probe/embedded/mmdit
 """
 
 from __future__ import annotations
@@ -46,9 +46,27 @@ def digit_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def share(scores: dict[str, float], family: str) -> str:
+    return f"{scores[family]:.1%}; worst digit {scores[f'{family}_worst_digit']:.0%}, 8: {scores[f'{family}_eight']:.0%}"
+
+
+def drawing_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    arguments, scores, near = report["arguments"], report["judged"], report["distance_to_nearest_training_image"]
+    families = {"synonyms_0_1": "first two synonyms", "synonym_2": "third synonym", "implicit": "two trigger words"}
+    return [
+        ("parameters", f"{report['parameters']:,}"),
+        *((f"digit as asked for, {spoken}", share(scores, name)) for name, spoken in families.items()),
+        ("the judge, on held-out real digits", f"{report['judge_held_out_accuracy']:.2%} right"),
+        ("prompts without a digit, drawn as 0 to 9", ", ".join(map(str, report["plain_prompts_drawn_as"]))),
+        ("median distance to the nearest training image", f"{near['drawings']:.1f}; of held-out real digits {near['held_out_images']:.1f}"),
+        ("training", f"{report['steps']:,} steps, {report['seconds'] / 60:.0f} min on {arguments['threads']} CPU thread"),
+        ("seed", str(arguments["seed"])),
+    ]
+
+
 def filled(card: str, report: dict[str, Any]) -> str:
     """The card with its table made anew from the training report."""
-    rows = language_rows(report) if "induction" in report else digit_rows(report)
+    rows = language_rows(report) if "induction" in report else drawing_rows(report) if "judged" in report else digit_rows(report)
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
     before, _, rest = card.partition(BEGIN)
     _, _, after = rest.partition(END)
