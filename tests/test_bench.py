@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import attribution, interception, variants, ways
+from bench import attribution, health, interception, variants, ways
 from bench.interception import Memory, Report, Timing, measure, over, report_memory
 from bench.machine import this_machine
 from bench.variants import DECODE, FORWARD, Models, Shape, Variant
 from headscope.probe.attribution.attribute import attribute
+from headscope.probe.health.measure import measure_health
 
 TINY = Shape(layers=2, heads=8, head_width=4, vocabulary=64, positions=256)
 PEERS = ("transformer-lens", "nnsight")
@@ -231,3 +232,51 @@ def test_a_peer_that_breaks_at_import_is_absent_with_its_reason(tmp_path: Path, 
     times, absent, _ = attribution.measure(SMALL, [ways.WAYS[0], next(w for w in ways.WAYS if w.name == "lxt")], 1, 1)
     assert absent == {"lxt": "cannot be imported (No module named 'a_library_that_nobody_wrote')"}
     assert set(times) == {"gradients"}
+
+
+NARROW = health.Shape(layers=2, heads=2, width=16, positions=64)
+
+
+@pytest.fixture(scope="module")
+def looks() -> health.Report:
+    times, absent = health.measure(NARROW, 16, rounds=2, spectra=1)
+    sizes = {16: {"plain": 2**20, "heads": 2**20 + 1024, "health": 2**21, "eager-dense": 2**22}}
+    spent = health.Overhead(60.0, 1000, [0, 500], 0.011, 0.3, 0.05)
+    return health.Report(this_machine(["torch"]), NARROW, {16: times}, {16: 1}, absent, sizes, spent)
+
+
+def test_every_way_to_look_at_health_is_timed_in_every_round_and_a_missing_one_is_named(looks: health.Report) -> None:
+    row = looks.times[16]
+    assert {name: len(t.seconds) for name, t in row.items()} == {
+        way.name: 1 if way.once else 2 for way in health.WAYS if way.name not in looks.absent
+    }
+    assert set(looks.absent) <= {"attnspectra"}
+    lines = [line for line in looks.to_markdown().splitlines() if line.startswith("| `")]
+    assert [line.split("|")[1].strip() for line in lines[: len(health.WAYS)]] == [f"`{way.name}`" for way in health.WAYS]
+    assert len({line.count("|") for line in lines[: len(health.WAYS)]}) == 1
+
+
+def test_the_promises_about_health_follow_their_limits(looks: health.Report) -> None:
+    found = {target.promise: target for target in looks.targets()}
+    assert found["memory of `heads` beyond plain, over one layer's maps"].measured == 1024 / (4 * 2 * 16**2)
+    assert found["monitor: time measuring over time training"].verdict == "pass"
+    assert json.loads(json.dumps(looks.to_dict()))["monitor"]["measured"] == [0, 500]
+
+
+def test_the_dense_script_computes_the_numbers_that_the_report_gives() -> None:
+    ids = health.ids_of(24)
+    report = measure_health(health.built(NARROW, "sdpa"), {"input_ids": ids}, baselines=False)
+    for one, numbers in zip(report.heads, health.eager_dense(NARROW, ids), strict=True):
+        for name, value in numbers.items():
+            assert torch.allclose(getattr(one, name).float(), value, rtol=1e-3, atol=1e-4), name
+
+
+def test_a_watched_training_loop_says_what_the_watching_cost() -> None:
+    found = health.train(1.0)
+    assert found.measured[0] == 0
+    assert found.steps > 0
+    assert found.share > 0
+
+
+def test_memory_of_a_look_is_measured_after_a_first_run() -> None:
+    assert health.report_memory(health.WAYS[2], NARROW, 48) >= 0
