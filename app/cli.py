@@ -1,8 +1,8 @@
-"""The command line: `headscope sites | capture | attribute | edit | report | app | doctor`.
+"""The command line: `headscope sites | capture | attribute | health | atlas | edit | report | app | doctor`.
 
-Results go to standard output, progress to standard error. Exit codes: 0 done, 1 `doctor` found something broken, the books of
-`attribute --strict` do not close or `report verify` found a change, 2 bad input, with one line `error: …`; 130 interrupted. Nothing
-heavy is imported before a command needs it, so that `--help` is quick.
+Results go to standard output, progress to standard error. Exit codes: 0 done, 1 `doctor` found something broken, `health --fail-on`
+found something as bad, the books of `attribute --strict` do not close or `report verify` found a change, 2 bad input, with one line
+`error: …`; 130 interrupted. Nothing heavy is imported before a command needs it, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -144,6 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--top", type=int, default=10, metavar="N", help="rows of the table (default 10)")
 
     _report(commands)
+    _health(commands)
+    _atlas(commands)
 
     app = _command(commands, "app", "app_command", "open the workbench in the browser", "headscope app --model embedded:lm")
     app.add_argument("--model", default="embedded:lm", metavar="NAME", help="embedded:lm (default), a folder, or a hub id")
@@ -232,3 +234,62 @@ def _input(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     source.add_argument("--text-file", metavar="FILE", help="a UTF-8 file that the model reads")
     source.add_argument("--image", type=int, metavar="N", help="for embedded:vit: the N-th of its held-out digits")
     return source
+
+
+def _atlas(commands: argparse._SubParsersAction[_Parser]) -> None:
+    atlas = _command(
+        commands,
+        "atlas",
+        "atlas_command",
+        "say what each head does: previous-token, induction, sink, copying, …, with the numbers that say so",
+        "headscope atlas --model embedded:lm\n"
+        "         headscope atlas --model embedded:lm --head 5.2\n"
+        "         headscope atlas --model embedded:lm --score induction --html atlas.html --png atlas.png",
+    )
+    _model(atlas)
+    _input(atlas).add_argument("--data", metavar="FILE", help='JSON lines, such as {"text": "…"} (default: a few texts of our own)')
+    atlas.add_argument("--head", metavar="LAYER.HEAD", help="print everything about one head, such as 5.2")
+    atlas.add_argument("--score", metavar="NAME", help="rank the heads by this score, such as induction or importance")
+    atlas.add_argument("--top", type=int, default=20, metavar="N", help="heads in a table and under a label (default 20)")
+    atlas.add_argument("--length", type=int, default=64, metavar="N", help="tokens in a random block (default 64)")
+    atlas.add_argument("--samples", type=int, default=8, metavar="N", help="random blocks (default 8)")
+    atlas.add_argument("--no-weights", action="store_true", help="leave out what the weights say")
+    atlas.add_argument("--no-redundancy", action="store_true", help="do not compare the heads with each other")
+    atlas.add_argument("--html", metavar="FILE", help="write the atlas as a page without scripts")
+    atlas.add_argument("--png", metavar="FILE", help="draw the heads with their labels; with --score that score")
+    atlas.add_argument("--save", metavar="FILE", help="write the atlas as JSON that HeadAtlas.load reads")
+    atlas.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tokens (default 0)")
+
+
+def _health(commands: argparse._SubParsersAction[_Parser]) -> None:
+    health = _command(
+        commands,
+        "health",
+        "health_command",
+        "say which heads and layers are sick, why, and what may be tried, and which sharp heads are well",
+        'headscope health --model embedded:lm --text "Four score and seven years ago our fathers brought forth a new nation"\n'
+        "         headscope health --model embedded:lm --fail-on warn --html health.html\n"
+        "         headscope health --list-thresholds",
+    )
+    _model(health)
+    _input(health).add_argument("--data", metavar="FILE", help='JSON lines, such as {"id": "a", "text": "…"}; numbers are averaged')
+    health.add_argument("--tokens", type=int, metavar="N", help="repeat or cut the text to exactly N tokens")
+    health.add_argument("--sites", action="append", metavar="GLOB", help="only sites of this name, such as '*layers.3*'; may be repeated")
+    health.add_argument("--ignore-special", action="store_true", help="special tokens, such as [CLS], do not count as queries")
+    health.add_argument(
+        "--spectrum", type=int, default=0, metavar="N", help="steps for singular values (default 0: the bracket that is free)"
+    )
+    health.add_argument("--no-baselines", action="store_true", help="compare with nothing: no freshly initialised network is run")
+    health.add_argument("--no-names", action="store_true", help="do not look on random tokens for previous-token and induction heads")
+    health.add_argument("--heads", action="store_true", help="print the numbers of every head")
+    health.add_argument("--layers", action="store_true", help="print the numbers of the hidden states before and behind every block")
+    health.add_argument("--lengths", metavar="LIST", help="does attention spread as the text grows? such as 64,256,1024")
+    health.add_argument("--against-model", metavar="NAME", help="compare with another model of the same sites, such as a later checkpoint")
+    health.add_argument("--recipe", metavar="FILE", help="compare with the same model under these edits")
+    health.add_argument("--threshold", action="append", default=[], metavar="NAME=VALUE", help="change a threshold; may be repeated")
+    health.add_argument("--list-thresholds", action="store_true", help="print the thresholds and where they come from, and leave")
+    health.add_argument("--fail-on", metavar="SEVERITY", help="exit code 1 where something as bad as info, warn or alarm was found")
+    health.add_argument("--html", metavar="FILE", help="write the report as a page without scripts")
+    health.add_argument("--save", metavar="FILE", help="write the report as JSON that HealthReport.load reads")
+    health.add_argument("--png", metavar="FILE", help="draw the attention budget of every head")
+    health.add_argument("--seed", type=int, default=0, metavar="N", help="of fresh weights and random tokens (default 0)")

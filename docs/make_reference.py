@@ -22,15 +22,23 @@ PAGE = ROOT / "docs" / "reference.md"
 # Public names that live outside the `__all__` of their package, because few need them.
 FURTHER = {
     "probe": ["models:model_fingerprint", "models:tokenize", "models:context_window", "models:embedded_folder", "models:digits_processor",
-              "interception.intercept:intercept", "store:write", "store:Store"],
-    "interventions": ["activation:Activation", "cost:PlanCost", "cost:EditCost", "cost:SiteCost"],
+              "interception.intercept:intercept", "store:write", "store:Store", "rotary:read_rotary", "rotary:Rotary",
+              "health.measures:HeadMeasures", "health.measures:StreamMeasures", "health.measures:GradientMeasures",
+              "health.finding:Finding", "health.thresholds:Thresholds", "health.baselines:Baselines", "health.comparison:HealthComparison",
+              "health.dilution:sweep_lengths", "health.stability:measure_stability", "health.paths:measure_paths",
+              "health.gradients:measure_gradients", "health.bounds:entropy_floor", "atlas.weights:head_weights", "atlas.weights:HeadWeights",
+              "atlas.spectra:head_spectra", "atlas.spectra:stack_spectra", "atlas.directions:copying_scores",
+              "atlas.directions:read_directions", "atlas.composition:compose_heads", "atlas.probing:probe_heads", "atlas.behaviour:pairs",
+              "atlas.behaviour:match_heads", "digit_flow:DigitFlow", "digit_prompts:PromptBook"],
+    "interventions": ["activation:Activation", "cost:PlanCost", "cost:EditCost", "cost:SiteCost", "gates:risk", "gates:cosine",
+                      "gates:linear", "gates:function", "saferope.training:Schedule", "saferope.saferope:Turned"],
 }  # fmt: skip
 
 # The modules of kernels/ that are for others to call, in the order of the page, and which of their names; None for all.
 KERNELS: dict[str, list[str] | None] = {
     "attention": None, "statistics": ["Statistics"], "relevance": ["relevance"], "backward": ["Relevance"], "identities": None,
     "lse_attention": None, "problem": ["Problem", "make_problem", "Wanted"], "choose": ["choose"], "panels": ["statistics_of_pattern"],
-    "blockwise": ["pattern"], "reference": None,
+    "blockwise": ["pattern"], "sinkhorn": None, "spectrum": None, "reference": None,
 }  # fmt: skip
 
 # Names that stand in signatures for a longer type.
@@ -133,6 +141,8 @@ def exported(package: str) -> Iterator[Name]:
         ast.literal_eval(node.value) for node in init.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
     for name in listed:
+        if home[name] == f"headscope.{package}":  # a module: FURTHER says what of it is told
+            continue
         if not home[name].endswith(".errors"):
             file = source(home[name])
             yield Name(name, f"headscope.{package}", file, definitions(file)[name])

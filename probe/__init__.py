@@ -16,6 +16,8 @@ from headscope.kernels.errors import (
     ShapeError,
     StoreError,
 )
+from headscope.probe.atlas.atlas import HeadAtlas
+from headscope.probe.atlas.chart import chart_heads
 from headscope.probe.attribution.attribute import attribute
 from headscope.probe.attribution.attribution import Attribution
 from headscope.probe.attribution.faithfulness import measure_faithfulness
@@ -23,6 +25,10 @@ from headscope.probe.attribution.heads import rank_heads
 from headscope.probe.attribution.target import Target, contrast, generated
 from headscope.probe.call import AttentionCall, AttentionSite, Handler
 from headscope.probe.capture import Capture
+from headscope.probe.health.compare import compare_health
+from headscope.probe.health.measure import measure_health
+from headscope.probe.health.monitor import HealthMonitor
+from headscope.probe.health.report import HealthReport
 from headscope.probe.keep import Keep
 from headscope.probe.models import load
 from headscope.probe.probe import Probe
@@ -37,7 +43,10 @@ __all__ = [
     "ClosedError",
     "EditError",
     "Handler",
+    "HeadAtlas",
     "HeadscopeError",
+    "HealthMonitor",
+    "HealthReport",
     "InputError",
     "Keep",
     "ModelError",
@@ -50,9 +59,12 @@ __all__ = [
     "StoreError",
     "Target",
     "attribute",
+    "chart_heads",
+    "compare_health",
     "contrast",
     "generated",
     "load",
     "measure_faithfulness",
+    "measure_health",
     "rank_heads",
 ]

@@ -28,16 +28,19 @@ ERRORS = {
 }  # fmt: skip
 PUBLIC = {
     "probe": {
-        "AttentionCall", "AttentionSite", "Attribution", "Capture", "Handler", "Keep", "Probe", "Target", "attribute", "contrast",
-        "generated", "load", "measure_faithfulness", "rank_heads", *ERRORS,
+        "AttentionCall", "AttentionSite", "Attribution", "Capture", "Handler", "HeadAtlas", "HealthMonitor", "HealthReport", "Keep",
+        "Probe", "Target", "attribute", "chart_heads", "compare_health", "contrast", "generated", "load", "measure_faithfulness",
+        "measure_health", "rank_heads", *ERRORS,
     },
     "interventions": {
-        "Edit", "Plan", "Selector", "Span", "add", "assign", "bias", "call", "freeze", "mask", "patch", "renorm", "scale", "select", "span",
+        "Edit", "Gate", "Plan", "PlanDifference", "Prompted", "Role", "SafeRoPE", "Selector", "Span", "add", "assign", "band", "bias",
+        "call", "find_roles", "freeze", "gates", "grid", "inject", "mask", "mix", "noise", "patch", "phase", "project", "renorm",
+        "reposition", "role", "rotate", "scale", "select", "sinkhorn", "span", "warp",
     },
     "app": {"build_report"},
 }  # fmt: skip
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-SKIPPED = {".git", "node_modules", "__pycache__", "build", "dist", "typings", ".hypothesis", ".zoo", "lm-training"}
+SKIPPED = {".git", "node_modules", "__pycache__", "build", "dist", "typings", ".hypothesis", ".zoo", "lm-training", "mmdit-training"}
 TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".css", ".js", ".in", ""}
 
 

@@ -24,7 +24,7 @@ from headscope.kernels.errors import HeadscopeError, InputError
 from headscope.probe import Capture, Keep, Probe, load
 from headscope.probe.models import embedded_folder, tokenize
 
-COMMANDS = ("sites", "capture", "edit", "attribute", "report", "app", "doctor")
+COMMANDS = ("sites", "capture", "edit", "attribute", "health", "atlas", "report", "app", "doctor")
 Shell = pytest.CaptureFixture[str]
 
 
