@@ -76,9 +76,9 @@ class Plan:
             SelectionError: a span that does not occur; a head that a selected site does not have; at the end, an edit that hit nothing.
             EditError: the plan is on already, or contradicts a plan that is.
         """
-        places: dict[Span | Role, Any] = {}
-        places.update(locate((span for edit in self.edits for span in edit.selector.spans()), tokenizer, input_ids))
-        places.update(known_roles(roles, [role for edit in self.edits for role in edit.selector.roles()]))
+        spans = locate((span for edit in self.edits for span in edit.selector.spans()), tokenizer, input_ids)
+        named = known_roles(roles, [role for edit in self.edits for role in edit.selector.roles()])
+        places: dict[Span | Role, Any] = {place: found for known in (spans.items(), named.items()) for place, found in known}
         with ExitStack() as stack:
             activation = enter(model, self, self.edits, places)
             stack.callback(leave, model, activation)
