@@ -23,6 +23,7 @@ from headscope.probe import load
 from headscope.probe.models import context_window, embedded_folder, tokenize
 
 SAMPLE = "The quick brown fox jumps over the lazy dog."
+SAMPLE_PROMPT = "a plain eight"  # for embedded:mmdit
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ def case_of(arguments: argparse.Namespace) -> Case:
         inputs = _as_inputs(model, processor(held_out_digit(0 if arguments.image is None else arguments.image)))
     elif arguments.image is not None:
         raise InputError(f"--image is for embedded:vit, not for {name}")
+    elif name == "embedded:mmdit":
+        if arguments.command in ("edit", "attribute", "report"):
+            raise InputError(f"embedded:mmdit draws pictures and predicts no token or class: `{arguments.command}` is for models that do")
+        if tokens is not None:
+            raise InputError("embedded:mmdit reads prompts of 8 words, which have no --tokens")
+        inputs = processor(SAMPLE_PROMPT if text is None else text)
     elif not callable(getattr(processor, "decode", None)):
         raise InputError(f"{name} has no tokenizer, so the command line cannot feed it: use headscope.probe.Probe from Python")
     else:
