@@ -27,6 +27,8 @@ MODELS = {
     "Qwen3": ({}, HALF, 0, 1.0),
     "Cohere": ({}, [[2 * i, 2 * i + 1] for i in range(8)], 0, 1.0),
     "Glm": ({}, [[2 * i, 2 * i + 1] for i in range(4)], 8, 1.0),
+    "GPTNeoX": ({"rotary_pct": 0.25}, [[0, 2], [1, 3]], 12, 1.0),  # one projection makes queries, keys and values
+    "Phi3": ({}, HALF, 0, 1.0),
     "Llama, YaRN": ({"rope_scaling": YARN, "max_position_embeddings": 128}, HALF, 0, 1.1386),
 }
 
@@ -73,18 +75,29 @@ def test_planes_angles_and_gain_are_read_off_any_convention(name: str) -> None:
         assert float(rotary.frequencies.max()) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_a_model_without_a_place_before_rotation_is_refused() -> None:
-    model = build_neox()
-    with pytest.raises(SelectionError, match="no query projection of its own|query projection of its own"):
-        read_rotary(model, {"input_ids": IDS})
+def test_a_model_without_a_rotary_embedding_has_none() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=50, n_positions=32)).eval()
+    assert read_rotary(model, {"input_ids": IDS}) == {}
 
 
-def build_neox() -> nn.Module:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+def test_the_axes_of_a_picture_are_read_off_a_joint_model() -> None:
+    """Text tokens stand at zero, image tokens at their row and column: of 12 rotating dimensions 6 turn with each."""
+    pytest.importorskip("diffusers")
+    from tests.models import diffusion
 
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, vocab_size=50)
-    ).eval()
+    rows = [row for value in vars(diffusion).values() if isinstance(value, (list, tuple)) for row in value if hasattr(row, "make")]
+    torch.manual_seed(0)
+    model, inputs = next(row for row in rows if row.name.startswith("Flux (joint")).make()
+    found = read_rotary(model.eval(), {**inputs})
+    text = inputs["encoder_hidden_states"].shape[1]
+    for rotary in found.values():
+        assert float(rotary.angles[:text].abs().max()) == 0
+        places = inputs["img_ids"][:, 1:].double()  # [image tokens, row and column]
+        fit = torch.linalg.lstsq(places, rotary.angles[text:]).solution
+        torch.testing.assert_close(places @ fit, rotary.angles[text:], atol=1e-4, rtol=1e-4)
+        assert ((fit.abs() > 1e-6).sum(0) == 1).all()  # each plane turns with one axis
 
 
 def test_several_samples_are_refused(llama: nn.Module) -> None:
