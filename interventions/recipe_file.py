@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
-from headscope.kernels.errors import RecipeError
+from headscope.kernels.errors import RecipeError, StoreError
+from headscope.probe.whole_file import write_whole
 
 MOST_BYTES = 64 * 1024
 MOST_TENSOR_BYTES = 1 << 30
@@ -80,25 +80,10 @@ def write(path: Path, content: bytes) -> None:
     Raises:
         RecipeError: the folder takes no file.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RecipeError(f"{path.name} cannot be written in {path.parent}: {error.strerror}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_whole(path, content)
+    except StoreError as error:
+        raise RecipeError(str(error)) from error
 
 
 def read_plain(path: Path) -> bytes:

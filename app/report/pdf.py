@@ -8,7 +8,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from headscope.kernels.errors import InputError
+from headscope.kernels.errors import InputError, StoreError
+from headscope.probe.whole_file import write_whole
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 SECONDS = 120
@@ -62,10 +63,7 @@ def print_pdf(page: Path, path: Path) -> None:
         if done.returncode or not made.is_file():
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise InputError(f"{browser} could not print {page}: {reason}")
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            shutil.copyfile(made, temporary)
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise InputError(f"{path} cannot be written: {error.strerror}") from error
+            write_whole(path, made.read_bytes())
+        except StoreError as error:
+            raise InputError(str(error)) from error

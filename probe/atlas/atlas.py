@@ -30,6 +30,7 @@ from headscope.probe.atlas.circuits import Circuits
 from headscope.probe.atlas.redundancy import Redundancy
 from headscope.probe.call import AttentionSite
 from headscope.probe.visible import markup, visible
+from headscope.probe.whole_file import write_whole
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -235,7 +236,7 @@ class HeadAtlas:
             "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
             f"<title>{markup(title)}</title></head><body style='margin:0 auto;max-width:72rem;padding:1rem'>"
         )
-        return atlas_file.write(f"{head}{page_of(self)}</body></html>\n", Path(path))
+        return write_whole(Path(path), f"{head}{page_of(self)}</body></html>\n".encode())
 
     def to_frame(self) -> DataFrame:
         """One line a head: site, layer, head, labels, card, every score and its uniform baseline; needs pandas.

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +21,7 @@ from headscope.probe.atlas.composition import KINDS, Composed
 from headscope.probe.atlas.directions import Direction, Pole
 from headscope.probe.atlas.redundancy import DISTANCES, Redundancy
 from headscope.probe.call import AttentionSite
+from headscope.probe.whole_file import write_whole
 
 if TYPE_CHECKING:
     from headscope.probe.atlas.atlas import HeadAtlas
@@ -95,29 +94,7 @@ def save(atlas: HeadAtlas, path: Path) -> Path:
     Raises:
         StoreError: the folder takes no file.
     """
-    return write(json.dumps(encode(atlas), allow_nan=False) + "\n", path)
-
-
-def write(text: str, path: Path) -> Path:
-    """Write a text; it is whole or absent.
-
-    Raises:
-        StoreError: the folder takes no file.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(f"{path} cannot be written: {error.strerror}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
+    return write_whole(path, (json.dumps(encode(atlas), allow_nan=False) + "\n").encode("ascii"))
 
 
 def load(path: Path) -> dict[str, Any]:

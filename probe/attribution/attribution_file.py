@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import reduce
@@ -22,6 +20,7 @@ from torch import Tensor
 from headscope.kernels.errors import NonFiniteError, ShapeError, StoreError
 from headscope.probe.attribution.ledger import Entry, Ledger
 from headscope.probe.call import AttentionSite
+from headscope.probe.whole_file import write_whole
 
 if TYPE_CHECKING:
     from headscope.probe.attribution.attribution import Attribution
@@ -122,21 +121,7 @@ def save(attribution: Attribution, path: Path) -> Path:
     Raises:
         StoreError: the folder takes no file.
     """
-    text = json.dumps(encode(attribution), allow_nan=False)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("x", encoding="ascii") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(f"{path} cannot be written: {error.strerror}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
+    return write_whole(path, (json.dumps(encode(attribution), allow_nan=False) + "\n").encode("ascii"))
 
 
 def load(path: Path) -> dict[str, Any]:

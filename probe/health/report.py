@@ -20,6 +20,7 @@ from headscope.probe.health.report_figure import figure
 from headscope.probe.health.report_html import fragment, page
 from headscope.probe.health.report_words import verdict
 from headscope.probe.health.thresholds import Thresholds
+from headscope.probe.whole_file import write_whole
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -166,7 +167,7 @@ class HealthReport:
         Raises:
             StoreError: the folder takes no file.
         """
-        return report_file.write(Path(path), page(self).encode("utf-8"))
+        return write_whole(Path(path), page(self).encode("utf-8"))
 
     def _repr_html_(self) -> str:
         return fragment(self)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +18,7 @@ from headscope.probe.health.baselines import Baselines
 from headscope.probe.health.findings import SEVERITIES, Finding, worst
 from headscope.probe.health.measures import GradientMeasures, HeadMeasures, Plain, StreamMeasures, plain
 from headscope.probe.health.thresholds import Thresholds, thresholds_of
+from headscope.probe.whole_file import write_whole
 
 if TYPE_CHECKING:
     from headscope.probe.health.report import HealthReport
@@ -115,29 +114,7 @@ def save(report: HealthReport, path: Path) -> Path:
     Raises:
         StoreError: the folder takes no file.
     """
-    return write(path, (json.dumps(encode(report), allow_nan=False) + "\n").encode("ascii"))
-
-
-def write(path: Path, content: bytes) -> Path:
-    """A file that is whole or absent.
-
-    Raises:
-        StoreError: the folder takes no file.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(f"{path} cannot be written: {error.strerror}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
+    return write_whole(path, (json.dumps(encode(report), allow_nan=False) + "\n").encode("ascii"))
 
 
 def load(path: Path) -> dict[str, Any]:
