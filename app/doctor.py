@@ -60,7 +60,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
             for name, module, purpose in OPTIONAL
         ],
     }
-    checks = [*_check_language_model(), *_check_image_model()]
+    checks = [*_check_language_model(), *_check_image_model(), *_check_flow_model()]
     found["checks"] = [asdict(check) for check in checks]
     failed = [check for check in checks if not check.passed]
     found["passed"] = not failed
@@ -209,3 +209,23 @@ def _check_image_model() -> list[Check]:
     heads = sum(site.query_heads for site in seen.sites)
     exact = bool(torch.allclose(sums, torch.ones_like(sums), atol=1e-5))
     return [Check("embedded:vit patterns", exact, f"{heads} heads, rows sum to 1" if exact else "rows do not sum to 1")]
+
+
+def _check_flow_model() -> list[Check]:
+    """Left out where diffusers, which embedded:mmdit is built with, is not installed."""
+    import torch
+
+    from headscope.kernels.errors import HeadscopeError
+    from headscope.probe import Probe, load
+
+    if importlib.util.find_spec("diffusers") is None:
+        return []
+    print("checking embedded:mmdit …", file=sys.stderr, flush=True)
+    try:
+        model, flow = load("embedded:mmdit")
+        heads = sum(site.query_heads for site in Probe(model).sites(**flow("a plain eight")))
+        drawn = bool(torch.isfinite(flow.sample("a plain eight", steps=2)).all())
+    except HeadscopeError as error:
+        return [Check("embedded:mmdit", False, str(error))]
+    words = "draws" if drawn else "draws numbers that are not finite"
+    return [Check("embedded:mmdit heads", heads == 16 and drawn, f"{heads} of 16 found, {words}")]
