@@ -167,7 +167,7 @@ def risk_score(value: Tensor, basis: Tensor) -> Tensor:
     """
     x = _wide(value)
     inside = (x @ fitted(basis, x)).square().sum(-1, keepdim=True)
-    total = x.square().sum(-1, keepdim=True)
+    total: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()  # without squares of every entry as a tensor of their own
     return (inside / total.masked_fill(total == 0, 1.0)).clamp(0.0, 1.0)
 
 

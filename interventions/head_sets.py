@@ -105,7 +105,9 @@ class Answers:
     states: Tensor | None
 
 
-def without_heads(model: nn.Module, inputs: Inputs, sets: Sequence[Collection[Head]], removal: Removal, block: str | None = None) -> Answers:
+def without_heads(
+    model: nn.Module, inputs: Inputs, sets: Sequence[Collection[Head]], removal: Removal, block: str | None = None
+) -> Answers:
     """One sample without each of n sets of heads, all in one forward; an empty set leaves its copy as it was.
 
     Args:

@@ -49,9 +49,10 @@ class Region:
         return Region(self.batch, None, self.rows if self.rows is not None and len(self.rows) > 1 else None, self.columns)
 
     def cuts(self, device: torch.device) -> list[tuple[int, Tensor]]:
-        """(axis, indices) of the selected heads, and of the selected rows where they are the same in all samples."""
+        """(axis, indices) of the selected heads, and of the selected rows where they are the same in all samples; nothing where all are."""
         heads, rows = self.heads, self.rows[0] if self.rows is not None and len(self.rows) == 1 else None
-        return [(axis, chosen.nonzero().flatten().to(device)) for axis, chosen in ((1, heads), (2, rows)) if chosen is not None]
+        parts = [(axis, chosen) for axis, chosen in ((2, rows), (1, heads)) if chosen is not None and not bool(chosen.all())]
+        return [(axis, chosen.nonzero().flatten().to(device)) for axis, chosen in parts]
 
     def mask(self, device: torch.device = CPU) -> Tensor | None:
         """True at the selected entries, as small as it broadcasts to [B, N, rows, columns]; None for all of them. Made once per device."""

@@ -152,7 +152,8 @@ def read_without(
 def span_of(states: Tensor, space: str, rank: int) -> Tensor:
     """An orthonormal basis of the leading `rank` singular vectors of states M [n, E], not centred: [E, R], or [n, R] of prompts."""
     left, _, right = torch.linalg.svd(states, full_matrices=False)
-    return right[:rank].mT if space == "directions" else left[:, :rank]
+    found: Tensor = right[:rank].mT if space == "directions" else left[:, :rank]
+    return found
 
 
 def angle(one: Tensor, other: Tensor) -> float:
