@@ -93,6 +93,20 @@ def to_dict(edits: Sequence[Edit]) -> dict[str, object]:
     return document
 
 
+def digest(edits: Sequence[Edit]) -> str:
+    """`sha256:` over what a recipe of these edits would hold, tensors included.
+
+    Raises:
+        RecipeError: an edit that is code, which has no content that could be read.
+    """
+    document, tensors = _encode(edits)
+    found = hashlib.sha256(dump(document))
+    for name, tensor in sorted(tensors.items()):
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        found.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode() + raw.numpy().tobytes())
+    return f"sha256:{found.hexdigest()}"
+
+
 def from_dict(document: object, folder: Path | None = None) -> list[Edit]:
     """The edits of a recipe; its tensors are looked for in `folder`.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from headscope.interventions import injection, mixing, normaliser, rotary, subspace, warping
+from headscope.interventions import injection, mixing, normaliser, rotary, separation, subspace, warping
 from headscope.interventions.gates import GATES, Gate
 from headscope.interventions.gates import MAKERS as GATE_MAKERS
 from headscope.interventions.ops import Op
@@ -35,12 +35,13 @@ MAKERS: dict[str, Callable[..., Op]] = {
     "reposition": _reposition,
     "warp": warping.warp,
     "sinkhorn": normaliser.sinkhorn,
+    "separate": separation.separate,
 }
 KINDS = {
     kind.name: kind
     for kind in (
         subspace.Project, subspace.Rotate, injection.Inject, mixing.Mix, mixing.Noise, rotary.Phase, rotary.Band, rotary.Reposition,
-        warping.Warp, normaliser.Sinkhorn,
+        warping.Warp, normaliser.Sinkhorn, separation.Separate,
     )
 }  # fmt: skip
 
@@ -107,6 +108,6 @@ def _arguments(
         raise RecipeError(f"{name} needs {', '.join(missing)}")
     given = {key: tensor(entry) if isinstance(entry, Mapping) else entry for key, entry in value.items()}
     for key, entry in given.items():
-        if not isinstance(entry, (Tensor, int, float, str, list, type(None))):
+        if not isinstance(value[key], Mapping) and not isinstance(entry, (int, float, str, list, type(None))):
             raise RecipeError(f"{key} of {name} is {entry!r}: it is a number, a word, a list or {{tensor: name}}")
     return given

@@ -14,6 +14,7 @@ from headscope.interventions.mixing import Mix
 from headscope.interventions.ops import Call, Op, Patch
 from headscope.interventions.rotary import Reposition
 from headscope.interventions.select import Role, Selector, Span, Stretch
+from headscope.interventions.separation import Separate
 from headscope.interventions.warping import PLAIN, Warp
 from headscope.kernels.errors import RecipeError
 
@@ -40,10 +41,11 @@ def write_script(edits: Sequence[Edit]) -> str:
     words |= {"span"} if any(edit.selector.spans() for edit in edits) else set()
     words |= {"role"} if any(edit.selector.roles() for edit in edits) else set()
     words |= {"gates"} if any(isinstance(edit.gate, Gate) for edit in edits) else set()
-    words -= {"Reposition"}
+    words -= {"Reposition", "separate"}
     head = "import torch\n\n" if numbers else ""
     moved = any(isinstance(edit.op, Reposition) for edit in edits)
     more = "from headscope.interventions.rotary import Reposition\n" if moved else ""
+    more += "from headscope.interventions.separation import separate\n" if any(isinstance(edit.op, Separate) for edit in edits) else ""
     return f"{head}from headscope.interventions import {', '.join(sorted(words))}\n{more}\n{body}"
 
 
@@ -105,7 +107,7 @@ def _literal(value: object) -> str:
     if isinstance(value, Stretch):
         return f"slice({value.start}, {value.stop}, {value.step})"
     if isinstance(value, tuple):
-        if isinstance(value[0], int) and len(value) >= 3 and value[-1] - value[0] == len(value) - 1:
+        if isinstance(value[0], int) and len(value) >= 3 and value == tuple(range(value[0], value[-1] + 1)):  # a grid need not rise
             return f"range({value[0]}, {value[-1] + 1})"
         return repr(list(value))
     return repr(value)
