@@ -10,12 +10,12 @@ import sys
 import warnings
 from pathlib import Path
 
-from bench import attribution, health, interception, kernels, tune
+from bench import attribution, health, interception, kernels, saferope, tune
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "bench.md"
-BENCHMARKS = {"interception": interception, "kernels": kernels, "attribution": attribution, "health": health}
+BENCHMARKS = {"interception": interception, "kernels": kernels, "attribution": attribution, "health": health, "saferope": saferope}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import attribution, health, interception, variants, ways
+from bench import attribution, health, interception, saferope, variants, ways
 from bench.interception import Memory, Report, Timing, measure, over, report_memory
 from bench.machine import this_machine
 from bench.variants import DECODE, FORWARD, Models, Shape, Variant
@@ -280,3 +280,32 @@ def test_a_watched_training_loop_says_what_the_watching_cost() -> None:
 
 def test_memory_of_a_look_is_measured_after_a_first_run() -> None:
     assert health.report_memory(health.WAYS[2], NARROW, 48) >= 0
+
+
+SMALL = saferope.Settings(
+    saferope.Shape(heads=2, tokens=12, text=4, width=8, rank=3), health.Shape(layers=1, heads=2, width=16, positions=16), 12, (2, 2)
+)
+
+
+@pytest.fixture(scope="module")
+def turned() -> saferope.Report:
+    return saferope.run(SMALL)
+
+
+def test_every_way_with_saferope_is_timed_in_every_round_and_has_a_row(turned: saferope.Report) -> None:
+    assert list(turned.layer) == list(saferope.layer_labels(SMALL.layer))
+    assert list(turned.model) == list(saferope.MODEL_LABELS)
+    assert all(len(timing.seconds) == 2 for timing in (*turned.layer.values(), *turned.model.values()))
+    rows = [line for line in turned.to_markdown().splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(turned.layer) + len(turned.model) + 1 + len(turned.targets())
+    assert [target.limit for target in turned.targets()] == [1.05, 1.05, 1.0, 1.15, 1.15, 1.15, 1.15]
+    assert json.loads(json.dumps(turned.to_dict()))["settings"]["layer"]["rank"] == 3
+
+
+def test_what_is_timed_next_to_saferope_computes_the_same() -> None:
+    layer, drawn = saferope.Attention(SMALL.layer), saferope.Turned.drawn(SMALL.layer)
+    plain, expected = layer(), layer(drawn.by_exponentials(layer.q), drawn.by_exponentials(layer.k))
+    with drawn.plan().on(layer):
+        found = layer()
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-3)

@@ -34,11 +34,18 @@ class Prompted:
         return len(self.subject)
 
 
-def checked(unsafe: Iterable[Prompted], safe: Iterable[Prompted]) -> tuple[list[Prompted], list[Prompted]]:
+def checked(
+    unsafe: Iterable[Prompted], safe: Iterable[Prompted], told_by: Sequence[str] | None = None
+) -> tuple[list[Prompted], list[Prompted]]:  # fmt: skip
     """Both sets as lists.
 
+    Args:
+        unsafe, safe: the examples.
+        told_by: the inputs that say what a prompt is, such as the encoded text; all tensors where it is None. Two samples that agree in
+            them are one prompt, whatever noise they come with.
+
     Raises:
-        InputError: an empty set, samples without a subject, or an input that stands in both.
+        InputError: an empty set, samples without a subject, or a prompt that stands in both.
     """
     found = list(unsafe), list(safe)
     for name, examples in zip(("unsafe", "safe"), found, strict=True):
@@ -51,25 +58,30 @@ def checked(unsafe: Iterable[Prompted], safe: Iterable[Prompted]) -> tuple[list[
                     f"{name}[{number}] has inputs for {', '.join(map(str, sorted(sizes)))} samples and subjects for {example.samples}: "
                     "give a list of token positions for each sample"
                 )
-            if any(not list(tokens) for tokens in example.subject):
+            if not example.samples or any(not list(tokens) for tokens in example.subject):
                 raise InputError(f"{name}[{number}] has a sample without a subject: name at least one token of each")
-    for number, example in enumerate(found[0]):
-        twin = next((place for place, other in enumerate(found[1]) if _same(example.inputs, other.inputs)), None)
+    known = {key: place for place in _samples(found[0]) for key in [_identity(found[0], place, told_by)]}
+    for place in _samples(found[1]):
+        twin = known.get(_identity(found[1], place, told_by))
         if twin is not None:
-            raise InputError(f"unsafe[{number}] and safe[{twin}] are the same input: the two sets must not overlap")
+            raise InputError(
+                f"sample {twin[1]} of unsafe[{twin[0]}] and sample {place[1]} of safe[{place[0]}] are the same prompt: "
+                "the two sets must not overlap"
+            )
     return found
 
 
-def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    if one.keys() != other.keys():
-        return False
-    for name, value in one.items():
-        theirs = other[name]
-        if isinstance(value, Tensor) != isinstance(theirs, Tensor):
-            return False
-        if isinstance(value, Tensor):
-            if value.shape != theirs.shape or not torch.equal(value, theirs):
-                return False
-        elif value != theirs:
-            return False
-    return True
+def _samples(examples: Sequence[Prompted]) -> list[tuple[int, int]]:
+    return [(number, sample) for number, example in enumerate(examples) for sample in range(example.samples)]
+
+
+def _identity(examples: Sequence[Prompted], place: tuple[int, int], told_by: Sequence[str] | None) -> tuple[object, ...]:
+    """What makes a sample the prompt that it is."""
+    example, sample = examples[place[0]], place[1]
+    parts: list[object] = []
+    for name in sorted(example.inputs if told_by is None else told_by):
+        value = example.inputs.get(name)
+        if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == example.samples:
+            raw = value[sample].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            parts.append((name, value.dtype, tuple(value.shape[1:]), raw.numpy().tobytes()))
+    return tuple(parts) or (id(example), sample)  # nothing can be compared

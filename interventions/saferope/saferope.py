@@ -5,11 +5,12 @@ Letters: N selected heads of a side, D width, R rank.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,17 @@ from headscope.interventions.plan import Plan
 from headscope.interventions.roles import Roles, find_roles
 from headscope.interventions.saferope import saved
 from headscope.interventions.saferope.examples import Prompted, checked
-from headscope.interventions.saferope.subspaces import basis_of, scores_of, separate
+from headscope.interventions.saferope.subspaces import basis_of, check_rank, scores_of, separate
 from headscope.interventions.saferope.tokens import Side, first_inputs, read_tokens
 from headscope.interventions.saferope.training import Schedule, learn, output_of
 from headscope.interventions.select import role as role_named
 from headscope.interventions.select import select
 from headscope.interventions.subspace import project, rotate
-from headscope.kernels.errors import EditError, InputError, SelectionError
+from headscope.kernels.errors import EditError, HeadscopeError, InputError, SelectionError
 from headscope.probe.models import model_fingerprint
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 KINDS = ("rotate", "half-turn", "project")
 SIDES = ("q", "k")
@@ -120,13 +124,16 @@ class SafeRoPE:
         """
         if model.training:
             raise InputError("SafeRoPE.fit() of a model in training mode: call model.eval() first")
-        unsafe, safe = checked(unsafe, safe)
         if role is not None and (made_from is None or role not in made_from):
             raise InputError(
                 f"role={role!r}: say which inputs its tokens are made from, made_from={{{role!r}: 'encoder_hidden_states', ...}}"
             )
+        told_by = None if role is None or made_from is None else made_from[role]
+        unsafe, safe = checked(unsafe, safe, [told_by] if isinstance(told_by, str) else told_by)
         if not 0 < held_out < 1:
             raise InputError(f"held_out={held_out!r}: give a share between 0 and 1")
+        if most_heads is not None and most_heads < 1:
+            raise InputError(f"most_heads={most_heads!r}: give 1 or more, or None for all")
         roles = None if made_from is None else find_roles(model, first_inputs(unsafe), made_from)
         places = None if role is None or roles is None else roles[role]
 
@@ -187,7 +194,7 @@ class SafeRoPE:
             if side not in sides:
                 continue
             heads: dict[str, Any] = {"heads": part.heads} if side == "q" else {"kv_groups": part.heads}
-            tokens = {} if self.role is None else {"queries" if side == "q" else "keys": role_named(self.role)}
+            tokens: dict[str, Any] = {} if self.role is None else {"queries" if side == "q" else "keys": role_named(self.role)}
             gate = gates.risk(part.basis, part.threshold) if gated else 1.0
             edits.append(Edit(part.side.stage, self._op(part, kind, strength), select(part.side.site, **heads, **tokens), gate))
         return Plan(edits)
@@ -201,8 +208,12 @@ class SafeRoPE:
         """A control: as many heads of each side, chosen by chance among those there are, each with the subspace of the one it stands for.
 
         Raises:
-            EditError: a part whose number of heads is not known.
+            EditError: every head is selected, so that there is none to choose instead; a part whose number of heads is not known.
         """
+        if self.info["heads"] == self.info["heads_in_all"]:
+            raise EditError(
+                f"all {self.info['heads']} heads are selected, so chance has nothing to choose: fit with most_heads= or least_gap="
+            )
         random = torch.Generator().manual_seed(seed)
         parts = []
         for part in self.parts:
@@ -214,15 +225,39 @@ class SafeRoPE:
         return replace(self, parts=tuple(parts))
 
     def to_dict(self) -> dict[str, object]:
-        """What there is to know but the tensors: sites, stages, heads, thresholds, gaps."""
+        """What there is to know but the tensors: sites, stages, heads, thresholds, gaps, and the largest angle of each rotation."""
         parts = [
             {
                 "site": part.side.site, "stage": part.side.stage, "heads": list(part.heads), "threshold": part.threshold.tolist(),
-                "gap": part.gap.tolist(), "angle": torch.linalg.matrix_norm(part.skew.detach()).tolist(),
+                "gap": part.gap.tolist(), "angle": angles(part.skew).tolist(),
             }
             for part in self.parts
         ]  # fmt: skip
         return {"role": self.role, "parts": parts, "info": dict(self.info)}
+
+    def to_json(self) -> str:
+        """`to_dict()` as JSON."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    def to_frame(self) -> DataFrame:
+        """One line a selected head: site, stage, head, gap, threshold, angle; needs pandas.
+
+        Raises:
+            HeadscopeError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise HeadscopeError("to_frame() needs pandas, which is not installed: pip install pandas, or use to_dict()") from error
+        rows = [
+            {
+                "site": part.side.site, "stage": part.side.stage, "head": head, "gap": float(part.gap[place]),
+                "threshold": float(part.threshold[place]), "angle": float(angles(part.skew)[place]),
+            }
+            for part in self.parts
+            for place, head in enumerate(part.heads)
+        ]  # fmt: skip
+        return pandas.DataFrame(rows)
 
     def save(self, path: str | Path) -> Path:
         """One safetensors file, whole or absent."""
@@ -243,6 +278,12 @@ class SafeRoPE:
         return f"SafeRoPE(rank {self.info['rank']}, {self.info['heads']} of {self.info['heads_in_all']} heads, rotation {kind})"
 
 
+def angles(skew: Tensor) -> Tensor:
+    """[N], the largest angle of exp(A) in radians, for each A of [N, R, R]."""
+    found: Tensor = torch.linalg.eigvalsh(1j * skew.detach().double()).amax(-1).float()
+    return found
+
+
 def half_turn(rank: int) -> Tensor:
     """[R, R], the skew matrix whose exponential turns each of R / 2 planes by π.
 
@@ -252,7 +293,7 @@ def half_turn(rank: int) -> Tensor:
     if rank % 2:
         raise EditError(f"half-turns of rank {rank}: planes come in pairs of directions, so the rank has to be even")
     plane = torch.tensor([[0.0, -math.pi], [math.pi, 0.0]])
-    return torch.block_diag(*[plane] * (rank // 2))
+    return torch.kron(torch.eye(rank // 2), plane)
 
 
 def _selected(
@@ -264,6 +305,7 @@ def _selected(
     for side, tokens in bad.items():
         if side not in good:
             continue
+        check_rank(rank, tokens.shape[2])
         cut = max(rank, round(len(tokens) * (1 - held_out)))
         if cut >= len(tokens):
             raise InputError(

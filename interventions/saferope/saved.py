@@ -41,7 +41,7 @@ def write(saferope: SafeRoPE, path: Path) -> Path:
 def read(path: Path, model: nn.Module | None, force: bool) -> tuple[list[Part], str | None, Any, dict[str, Any]]:
     """Parts, role, roles and info of a file; see `SafeRoPE.load`."""
     try:
-        with safetensors.safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {}).get("saferope", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:

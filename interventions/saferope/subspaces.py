@@ -27,6 +27,12 @@ class Separation:
     gap: Tensor
 
 
+def check_rank(rank: int, width: int) -> None:
+    """Raise EditError unless heads of a width have subspaces of that rank."""
+    if not 1 <= rank <= width:
+        raise EditError(f"rank {rank}: the heads are {width} wide, so give 1 to {width}")
+
+
 def basis_of(tokens: Tensor, rank: int) -> Tensor:
     """[H, D, R], the strongest directions of each head's tokens: left singular vectors of [D, n], not centred.
 
@@ -38,8 +44,7 @@ def basis_of(tokens: Tensor, rank: int) -> Tensor:
         EditError: a rank above the width of a head, or above the number of tokens.
     """
     count, _, width = tokens.shape
-    if not 1 <= rank <= width:
-        raise EditError(f"rank {rank}: the heads are {width} wide, so give 1 to {width}")
+    check_rank(rank, width)
     if rank > count:
         raise InputError(f"rank {rank} from {count} subject tokens: give at least as many tokens as directions")
     found: Tensor = torch.linalg.svd(tokens.double().transpose(0, 1), full_matrices=False).Vh  # [H, min(n, D), D]
@@ -65,4 +70,4 @@ def separate(first: Tensor, second: Tensor) -> Separation:
     candidates = torch.cat([both[:1] - 1e-6, middles, both[-1:] + 1e-6])  # [C, H]
     above = (first[:, None] > candidates).double().mean(0) - (second[:, None] > candidates).double().mean(0)  # [C, H]
     gap, place = above.max(dim=0)
-    return Separation(candidates.gather(0, place[None])[0].clamp(0, 1), gap)
+    return Separation(candidates.gather(0, place[None])[0], gap)

@@ -98,6 +98,10 @@ class _Reader:
 
     def _take(self, call: AttentionCall, stage: str, value: Tensor) -> None:
         assert self.example is not None
+        samples = self.example.samples
+        if value.shape[0] not in (samples, 2 * samples) or (call.step > 0 and value.shape[2] == 1):
+            return  # windows or frames in the batch, where no prompt stands; a decode step, which holds no prompt
+        first = value.shape[0] - samples  # of a batch doubled for guidance the prompts are the second half
         rows = list(range(value.shape[2]))
         if self.places is not None:
             rows = list(self.places.get(f"{call.site.name}{'@' + call.part if call.part else ''}/{stage[0]}", ()))
@@ -108,7 +112,7 @@ class _Reader:
             wrong = [token for token in subject if not -len(rows) <= token < len(rows)]
             if wrong:
                 raise InputError(f"subject token {wrong[0]} of sample {sample}: {call.site.name} has {len(rows)} tokens of that role")
-            parts.append(value[sample, :, [rows[token] for token in subject]].transpose(0, 1))  # [tokens, H, D]
+            parts.append(value[first + sample, :, [rows[token] for token in subject]].transpose(0, 1))  # [tokens, H, D]
         self.found.setdefault(Side(call.site.name, stage), []).append(torch.cat(parts).detach().float().cpu())
 
 

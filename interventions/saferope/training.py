@@ -77,34 +77,34 @@ def learn(
         NonFiniteError: the loss is not finite; the matrices of the step before are lost.
     """
     order = torch.Generator().manual_seed(schedule.seed)
-    learned = [matrix.clone().requires_grad_() for matrix in generators]
-    optimiser = torch.optim.Adam(learned, lr=schedule.rate)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
     history: list[dict[str, float]] = []
-    try:
-        for step in range(schedule.steps):
-            sides = _sides(schedule, step)
-            losses: dict[str, Tensor] = {}
-            for name in sides:
-                examples = unsafe if name == "unsafe" else safe
-                example = examples[int(torch.randint(len(examples), (), generator=order))]
-                inputs = example.inputs if vary is None else vary(example.inputs, order)
-                losses[name] = _change(model, plan([matrix - matrix.mT for matrix in learned]), inputs, read, roles)
-            total = sum((-torch.tanh(d) if name == "unsafe" else schedule.safety * d for name, d in losses.items()), torch.zeros(()))
-            if not bool(torch.isfinite(total)):
-                raise NonFiniteError(f"step {step}: the loss is not finite; lower the learning rate, or use float32")
-            optimiser.zero_grad()
-            total.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            history.append({"step": float(step), **{name: float(d.detach()) for name, d in losses.items()}})
-            if progress is not None:
-                progress(step + 1, schedule.steps, ", ".join(f"{name} {float(d.detach()):.3g}" for name, d in losses.items()))
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-    return [(matrix - matrix.mT).detach() for matrix in learned], history
+    with torch.inference_mode(False), torch.enable_grad():
+        learned = [matrix.clone().requires_grad_() for matrix in generators]
+        optimiser = torch.optim.Adam(learned, lr=schedule.rate)
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            for step in range(schedule.steps):
+                losses: dict[str, Tensor] = {}
+                for name in _sides(schedule, step):
+                    examples = unsafe if name == "unsafe" else safe
+                    example = examples[int(torch.randint(len(examples), (), generator=order))]
+                    inputs = example.inputs if vary is None else vary(example.inputs, order)
+                    losses[name] = _change(model, plan([matrix - matrix.mT for matrix in learned]), inputs, read, roles)
+                total = sum((-torch.tanh(d) if name == "unsafe" else schedule.safety * d for name, d in losses.items()), torch.zeros(()))
+                if not bool(torch.isfinite(total)):
+                    raise NonFiniteError(f"step {step}: the loss is not finite; lower the learning rate, or use float32")
+                optimiser.zero_grad()
+                total.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+                history.append({"step": float(step), **{name: float(d.detach()) for name, d in losses.items()}})
+                if progress is not None:
+                    progress(step + 1, schedule.steps, ", ".join(f"{name} {float(d.detach()):.3g}" for name, d in losses.items()))
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+        return [(matrix - matrix.mT).detach() for matrix in learned], history
 
 
 def _sides(schedule: Schedule, step: int) -> tuple[str, ...]:
