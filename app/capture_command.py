@@ -20,10 +20,10 @@ from torch import Tensor
 from headscope.app.case import Case, case_of
 from headscope.app.cli import KEEPS
 from headscope.app.escape import visible
-from headscope.app.footprint import Footprint, measure
 from headscope.app.printing import listed, print_json, print_table
 from headscope.kernels.errors import InputError, SelectionError
 from headscope.probe import Capture, Keep, Probe
+from headscope.probe.footprint import Footprint, measure
 from headscope.probe.keep import readable
 from headscope.probe.record import Record
 

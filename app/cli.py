@@ -1,8 +1,9 @@
 """The command line: `headscope sites | capture | attribute | health | atlas | edit | report | app | doctor`.
 
 Results go to standard output, progress to standard error. Exit codes: 0 done, 1 `doctor` found something broken, `health --fail-on`
-found something as bad, the books of `attribute --strict` do not close or `report verify` found a change, 2 bad input, with one line
-`error: …`; 130 interrupted. Nothing heavy is imported before a command needs it, so that `--help` is quick.
+found something as bad, the books of `attribute --strict` do not close, `report verify` found a change, an assertion of `edit run` fails
+or `edit diff` found a difference; 2 bad input, with one line `error: …`; 130 interrupted. Nothing heavy is imported before a command
+needs it, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from headscope.kernels.errors import HeadscopeError, InputError
+from headscope.app.edit_options import add_edit
+from headscope.app.options import Commands, Parser, add_command, add_input, add_model
+from headscope.kernels.errors import HeadscopeError
 
 KEEPS = ("qk", "pattern", "statistics", "pooled", "v", "scores", "z")
 
@@ -41,13 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return finished.code if isinstance(finished.code, int) else 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see `{self.prog} --help`)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="headscope",
         description="See, measure and edit the attention heads of any PyTorch model.",
         epilog='example: headscope edit --model embedded:lm --text "The cat sat on the" --scale 3.5=0',
@@ -57,11 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     purpose = "list the places where a model computes attention"
-    sites = _command(commands, "sites", "model_commands", purpose, "headscope sites --model embedded:lm")
-    _model(sites)
-    _input(sites)
+    sites = add_command(commands, "sites", "model_commands", purpose, "headscope sites --model embedded:lm")
+    add_model(sites)
+    add_input(sites)
 
-    capture = _command(
+    capture = add_command(
         commands,
         "capture",
         "capture_command",
@@ -70,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         '         headscope capture --model embedded:lm --text "The cat sat" --out run\n'
         "         headscope capture --show run --layer 3 --head 5",
     )
-    _model(capture)
-    _input(capture)
+    add_model(capture)
+    add_input(capture)
     capture.add_argument("--tokens", type=int, metavar="N", help="repeat or cut the text to exactly N tokens")
     capture.add_argument("--out", metavar="DIR", help="folder to write; it is whole or absent")
     capture.add_argument(
@@ -94,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     capture.add_argument("--rows", metavar="LIST", help="with --show: only these queries, such as 0,10-12")
     capture.add_argument("--png", metavar="FILE", help="write a picture: of all heads, pooled; with --show of that head")
 
-    attribute = _command(
+    attribute = add_command(
         commands,
         "attribute",
         "attribute_command",
@@ -103,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         '         headscope attribute --text "To be, or not to" --target " be" --against " the" --words\n'
         "         headscope attribute --model embedded:vit --image 3 --png digit.png",
     )
-    _model(attribute)
-    _input(attribute)
+    add_model(attribute)
+    add_input(attribute)
     attribute.add_argument("--method", metavar="NAME", help="default attnlrp; see --list-methods")
     attribute.add_argument("--list-methods", action="store_true", help="print the methods and leave")
     attribute.add_argument("--compare", metavar="LIST", help="several methods side by side, such as attnlrp,cp-lrp,gim")
@@ -128,26 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--save", metavar="FILE", help="write the result as JSON that Attribution.load reads")
     attribute.add_argument("--strict", action="store_true", help="exit code 1 where the books do not close")
 
-    edit = _command(
-        commands,
-        "edit",
-        "model_commands",
-        "show what the model predicts before and after edits",
-        'headscope edit --model embedded:lm --text "The cat sat on the" --scale 3.5=0 --save recipe.yaml',
-    )
-    _model(edit)
-    _input(edit)
-    edit.add_argument("--recipe", metavar="FILE", help="edits from a YAML recipe")
-    edit.add_argument("--force", action="store_true", help="take a recipe that was made for another model")
-    edit.add_argument("--scale", action="append", default=[], metavar="LAYER.HEAD=X", help="multiply a head's output z; may be repeated")
-    edit.add_argument("--save", metavar="FILE", help="write all these edits as a recipe for this model")
-    edit.add_argument("--top", type=int, default=10, metavar="N", help="rows of the table (default 10)")
-
+    add_edit(commands)
     _report(commands)
     _health(commands)
     _atlas(commands)
 
-    app = _command(commands, "app", "app_command", "open the workbench in the browser", "headscope app --model embedded:lm")
+    app = add_command(commands, "app", "app_command", "open the workbench in the browser", "headscope app --model embedded:lm")
     app.add_argument("--model", default="embedded:lm", metavar="NAME", help="embedded:lm (default), a folder, or a hub id")
     app.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
     app.add_argument("--host", default="127.0.0.1", help="only 127.0.0.1 so far; the HOST variable is not looked at")
@@ -155,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     app.add_argument("--threads", type=int, metavar="N", help="threads for torch (default: all cores but one)")
     app.add_argument("--no-open", action="store_true", help="print the address, do not open a browser")
 
-    _command(commands, "doctor", "doctor", "check the installation and the embedded models", "headscope doctor --json")
+    add_command(commands, "doctor", "doctor", "check the installation and the embedded models", "headscope doctor --json")
     return parser
 
 
@@ -167,29 +150,8 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _command(commands: argparse._SubParsersAction[_Parser], name: str, module: str, purpose: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=purpose,
-        description=purpose[0].upper() + purpose[1:] + ".",
-        epilog=f"example: {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(module=module, function=f"run_{name}")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return parser
-
-
-def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="embedded:lm", metavar="NAME", help="embedded:lm (default), embedded:vit, a folder, or a hub id")
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--task", help="the head on top, where the saved one is not wanted, such as causal-lm")
-    parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
-    parser.add_argument("--dtype", help="type of the weights, such as float16 (default: float32 on a CPU)")
-
-
-def _report(commands: argparse._SubParsersAction[_Parser]) -> None:
-    report = _command(
+def _report(commands: Commands[Parser]) -> None:
+    report = add_command(
         commands,
         "report",
         "report.command",
@@ -197,8 +159,8 @@ def _report(commands: argparse._SubParsersAction[_Parser]) -> None:
         'headscope report --model embedded:lm --text "Once upon a time" --out report.html\n'
         "         headscope report verify report.html --recompute 2",
     )
-    _model(report)
-    _input(report).add_argument("--data", metavar="FILE", help='JSON lines, such as {"id": "a", "text": "…", "target": " word"}')
+    add_model(report)
+    add_input(report).add_argument("--data", metavar="FILE", help='JSON lines, such as {"id": "a", "text": "…", "target": " word"}')
     report.add_argument("--out", metavar="FILE", help="the page, such as report.html; its numbers go beside it as report.json")
     report.add_argument("--method", default="attnlrp", help="what is reported on (default attnlrp)")
     report.add_argument("--compare", metavar="LIST", help="other methods for the curves (default gradient-x-input,rollout)")
@@ -213,7 +175,7 @@ def _report(commands: argparse._SubParsersAction[_Parser]) -> None:
     report.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
     report.add_argument("--interactive", action="store_true", help="put plotly.js into the page, for charts that can be zoomed")
     report.add_argument("--pdf", metavar="FILE", help="print the page too, with an installed Chromium")
-    verify = report.add_subparsers(metavar="verify", parser_class=_Parser).add_parser(
+    verify = report.add_subparsers(metavar="verify", parser_class=Parser).add_parser(
         "verify",
         help="check a report: digests, sums, figures, and with --recompute some examples on the model",
         description="Check a report; exit code 1 if it is not as it was made.",
@@ -228,16 +190,8 @@ def _report(commands: argparse._SubParsersAction[_Parser]) -> None:
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def _input(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", help="what the model reads; - takes it from standard input")
-    source.add_argument("--text-file", metavar="FILE", help="a UTF-8 file that the model reads")
-    source.add_argument("--image", type=int, metavar="N", help="for embedded:vit: the N-th of its held-out digits")
-    return source
-
-
-def _atlas(commands: argparse._SubParsersAction[_Parser]) -> None:
-    atlas = _command(
+def _atlas(commands: Commands[Parser]) -> None:
+    atlas = add_command(
         commands,
         "atlas",
         "atlas_command",
@@ -246,8 +200,8 @@ def _atlas(commands: argparse._SubParsersAction[_Parser]) -> None:
         "         headscope atlas --model embedded:lm --head 5.2\n"
         "         headscope atlas --model embedded:lm --score induction --html atlas.html --png atlas.png",
     )
-    _model(atlas)
-    _input(atlas).add_argument("--data", metavar="FILE", help='JSON lines, such as {"text": "…"} (default: a few texts of our own)')
+    add_model(atlas)
+    add_input(atlas).add_argument("--data", metavar="FILE", help='JSON lines, such as {"text": "…"} (default: a few texts of our own)')
     atlas.add_argument("--head", metavar="LAYER.HEAD", help="print everything about one head, such as 5.2")
     atlas.add_argument("--score", metavar="NAME", help="rank the heads by this score, such as induction or importance")
     atlas.add_argument("--top", type=int, default=20, metavar="N", help="heads in a table and under a label (default 20)")
@@ -261,8 +215,8 @@ def _atlas(commands: argparse._SubParsersAction[_Parser]) -> None:
     atlas.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tokens (default 0)")
 
 
-def _health(commands: argparse._SubParsersAction[_Parser]) -> None:
-    health = _command(
+def _health(commands: Commands[Parser]) -> None:
+    health = add_command(
         commands,
         "health",
         "health_command",
@@ -271,8 +225,8 @@ def _health(commands: argparse._SubParsersAction[_Parser]) -> None:
         "         headscope health --model embedded:lm --fail-on warn --html health.html\n"
         "         headscope health --list-thresholds",
     )
-    _model(health)
-    _input(health).add_argument("--data", metavar="FILE", help='JSON lines, such as {"id": "a", "text": "…"}; numbers are averaged')
+    add_model(health)
+    add_input(health).add_argument("--data", metavar="FILE", help='JSON lines, such as {"id": "a", "text": "…"}; numbers are averaged')
     health.add_argument("--tokens", type=int, metavar="N", help="repeat or cut the text to exactly N tokens")
     health.add_argument("--sites", action="append", metavar="GLOB", help="only sites of this name, such as '*layers.3*'; may be repeated")
     health.add_argument("--ignore-special", action="store_true", help="special tokens, such as [CLS], do not count as queries")

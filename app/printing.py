@@ -19,9 +19,9 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: Seq
         print("  ".join(getattr(cell, side)(width) for cell, side, width in zip(line, sides, widths, strict=True)).rstrip())
 
 
-def print_json(schema: str, case: Case, facts: Mapping[str, object]) -> None:
-    """One line: the schema's name, the model and its fingerprint, then the facts."""
-    head = {"schema": schema, "model": case.name, "fingerprint": model_fingerprint(case.model)}
+def print_json(schema: str, case: Case | None, facts: Mapping[str, object]) -> None:
+    """One line: the schema's name, the model and its fingerprint where there is one, then the facts."""
+    head = {"schema": schema} | ({} if case is None else {"model": case.name, "fingerprint": model_fingerprint(case.model)})
     print(json.dumps({**head, **facts}, ensure_ascii=True, allow_nan=False))
 
 

@@ -145,9 +145,18 @@ class Activation:
         for index, edit in enumerate(self.edits):
             if self.hits[index]:
                 continue
-            everywhere = self._places if edit.stage in OUTSIDE else self.sites
-            why = self._why(edit, [site for site in everywhere.values() if edit.selector.matches(site)])
-            raise SelectionError(f"edit {index} ({edit}) changed nothing: {why}. Sites seen: {_spoken(self.sites.values())}")
+            raise SelectionError(f"edit {index} ({edit}) changed nothing: {self.why(index)}")
+
+    def why(self, index: int) -> str:
+        """Why an edit may have hit nothing so far, and the sites that were seen."""
+        edit = self.edits[index]
+        matching = self.matching(edit)
+        return f"{self._why(edit, matching)}. Sites seen: {_spoken(self.sites.values())}"
+
+    def matching(self, edit: Edit) -> list[AttentionSite]:
+        """The sites seen so far that an edit selects."""
+        everywhere = self._places if edit.stage in OUTSIDE else self.sites
+        return [site for site in everywhere.values() if edit.selector.matches(site)]
 
     def _why(self, edit: Edit, matching: Sequence[AttentionSite]) -> str:
         """Why an edit hit nothing at the sites that it selects."""

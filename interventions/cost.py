@@ -67,11 +67,16 @@ class PlanCost:
         """The fields as JSON."""
         return json.dumps(self.to_dict())
 
-    def __str__(self) -> str:
-        lines = [
+    @property
+    def overhead_in_words(self) -> str:
+        """The measured times."""
+        return (
             f"{self.overhead:.2f}x the forward without the plan ({self.seconds_without:.4f} s -> {self.seconds_with:.4f} s, "
             f"median of {self.repeats})"
-        ]
+        )
+
+    def __str__(self) -> str:
+        lines = [self.overhead_in_words]
         lines += [
             f"  edit {index}: {edit.edit}: carried out at {edit.lowered} in {edit.calls} calls" for index, edit in enumerate(self.edits)
         ]
@@ -91,8 +96,9 @@ def measure_cost(
     args: Sequence[object],
     inputs: Mapping[str, object],
     repeats: int,
+    run: Callable[[], object] | None = None,
 ) -> PlanCost:
-    """Run the model with and without a plan, in turns, after one run each that does not count.
+    """Run the model with and without a plan, in turns, after one run each that does not count. `run` stands for model(*args, **inputs).
 
     Raises:
         InputError: fewer than one repeat.
@@ -103,7 +109,7 @@ def measure_cost(
 
     def forward() -> float:
         started = time.perf_counter()
-        model(*args, **inputs)
+        model(*args, **inputs) if run is None else run()
         for device in devices:
             torch.cuda.synchronize(device)
         return time.perf_counter() - started

@@ -76,13 +76,7 @@ class Plan:
             SelectionError: a span that does not occur; a head that a selected site does not have; at the end, an edit that hit nothing.
             EditError: the plan is on already, or contradicts a plan that is.
         """
-        spans = locate((span for edit in self.edits for span in edit.selector.spans()), tokenizer, input_ids)
-        named = known_roles(roles, [role for edit in self.edits for role in edit.selector.roles()])
-        places: dict[Span | Role, Any] = {place: found for known in (spans.items(), named.items()) for place, found in known}
-        with ExitStack() as stack:
-            activation = enter(model, self, self.edits, places)
-            stack.callback(leave, model, activation)
-            stack.enter_context(intercept(model, activation, strict=strict))
+        with switched_on(self, model, strict=strict, tokenizer=tokenizer, input_ids=input_ids, roles=roles) as activation:
             yield activation
         if strict:  # not reached when an exception is on its way
             activation.check_hits()
@@ -231,3 +225,24 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({len(self.edits)} edits: {'; '.join(map(str, self.edits))})"
+
+
+@contextmanager
+def switched_on(
+    plan: Plan,
+    model: nn.Module,
+    *,
+    strict: bool = True,
+    tokenizer: Tokenizer | None = None,
+    input_ids: Tensor | Sequence[int] | None = None,
+    roles: Roles | None = None,
+) -> Iterator[Activation]:
+    """`plan.on(...)`, for those who look at the hits themselves: an edit that changed nothing is no error here."""
+    spans = locate((span for edit in plan.edits for span in edit.selector.spans()), tokenizer, input_ids)
+    named = known_roles(roles, [role for edit in plan.edits for role in edit.selector.roles()])
+    places: dict[Span | Role, Any] = {place: found for known in (spans.items(), named.items()) for place, found in known}
+    with ExitStack() as stack:
+        activation = enter(model, plan, plan.edits, places)
+        stack.callback(leave, model, activation)
+        stack.enter_context(intercept(model, activation, strict=strict))
+        yield activation

@@ -192,7 +192,7 @@ def test_the_command_lines_run_in_order(page: Path, tmp_path: Path, capsys: pyte
     if not LM.exists():
         pytest.skip(NO_LM)
     with inside(tmp_path):
-        for block in blocks(page, "yaml"):
+        for block in blocks(page, "yaml", "json"):
             if block.file is not None:
                 Path(block.file).write_text(block.code, encoding="utf-8")
         for line, words in lines:

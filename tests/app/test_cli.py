@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import subprocess
@@ -19,7 +18,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from headscope.app.cli import main
-from headscope.interventions import Edit, Plan, scale, select
 from headscope.kernels.errors import HeadscopeError, InputError
 from headscope.probe import Capture, Keep, Probe, load
 from headscope.probe.models import embedded_folder, tokenize
@@ -92,10 +90,6 @@ def test_version_is_that_of_the_distribution(capsys: Shell) -> None:
         (["sites", "--modle", "x"], "unrecognized arguments"),
         (["sites", "--model", "no-such-folder/x/y"], "no model"),
         (["sites", "--text", "a", "--text-file", "b"], "not allowed with"),
-        (["edit"], "no edits"),
-        (["edit", "--scale", "3-5"], "write LAYER.HEAD=X"),
-        (["edit", "--scale", "3.5=nan"], "write LAYER.HEAD=X"),
-        (["edit", "--scale", "3.5=0", "--top", "0"], "--top 0"),
         (["capture"], "give --keep statistics to look at every head, --png FILE to draw them, --out DIR"),
         (["capture", "--out", "x", "--show", "y"], "--out DIR"),
         (["capture", "--keep", "qk"], "--keep qk is kept in a folder: give --out DIR"),
@@ -121,14 +115,6 @@ def test_bad_arguments_get_one_line_and_exit_code_two(arguments: list[str], reas
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["edit", "--text", "hello", "--scale", "6.0=0"], "layer"),
-        (["edit", "--text", "hello", "--scale", "3.8=0"], "no head 8"),
-        (["edit", "--text", "", "--scale", "3.5=0"], "empty"),
-        (["edit", "--scale", "3.5=0"], "nothing to read"),
-        (["edit", "--text", "x" * 300, "--scale", "3.5=0"], "300 tokens"),
-        (["edit", "--text", "x", "--recipe", "nowhere.yaml"], "no recipe 'nowhere.yaml'"),
-        (["edit", "--text-file", "nowhere.txt", "--scale", "3.5=0"], "cannot be read"),
-        (["edit", "--image", "3", "--scale", "3.5=0"], "--image is for embedded:vit"),
         (["capture", "--keep", "statistics", "--tokens", "257"], "--tokens 257: the context window of this model is 256 tokens"),
         (["capture", "--keep", "statistics", "--text", "", "--tokens", "9"], "the tokenizer makes no token of ''"),
         (["capture", "--keep", "statistics", "--text", "\udcff", "--tokens", "9"], "UTF-8"),
@@ -316,7 +302,7 @@ def test_all_heads_are_drawn_as_shares_of_their_queries_attention(tiny: Path, tm
 
 
 def test_memory_that_a_run_needs_and_returns_is_seen() -> None:
-    from headscope.app.footprint import measure
+    from headscope.probe.footprint import measure
 
     size = 64 * 2**20
     result, cost = measure(lambda: torch.ones(size // 4).sum().item(), torch.device("cpu"))
@@ -326,59 +312,6 @@ def test_memory_that_a_run_needs_and_returns_is_seen() -> None:
         assert 0.9 * size < cost.peak_bytes < 2 * size
     with pytest.raises(ZeroDivisionError):
         measure(lambda: 1 / 0, torch.device("cpu"))
-
-
-def test_an_edit_gives_the_numbers_of_the_python_interface(tiny: Path, capsys: Shell) -> None:
-    found = read(capsys, "edit", "--model", tiny, "--text", "hello", "--scale", "3.5=0", "--scale", "1.2=1.5", "--top", 5)
-    model, tokenizer = load(tiny)
-    inputs = tokenize(tokenizer, "hello", model)
-    plan = Plan([Edit("z", scale(0.0), select(layer=3, head=5)), Edit("z", scale(1.5), select(layer=1, head=2))])
-    with torch.no_grad():
-        before = model(**inputs).logits[0, -1].double().softmax(-1)
-        with plan.on(model):
-            after = model(**inputs).logits[0, -1].double().softmax(-1)
-    assert len(found["rows"]) == 5
-    assert [(edit["layers"], edit["heads"], edit["value"]) for edit in found["edits"]] == [([3], [5], 0.0), ([1], [2], 1.5)]
-    for row in found["rows"]:
-        assert row["before"] == pytest.approx(float(before[row["id"]]), abs=1e-12)
-        assert row["after"] == pytest.approx(float(after[row["id"]]), abs=1e-12)
-    assert found["kl_nats"] == pytest.approx(float((before * (before / after).log()).sum()), rel=1e-6)
-
-
-def test_an_edit_of_one_changes_nothing(tiny: Path, capsys: Shell) -> None:
-    found = read(capsys, "edit", "--model", tiny, "--text", "hello", "--scale", "3.5=1")
-    assert found["kl_nats"] == 0
-    assert all(row["before"] == row["after"] for row in found["rows"])
-
-
-def test_a_saved_recipe_gives_the_same_result(tiny: Path, tmp_path: Path, capsys: Shell) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    first = read(capsys, "edit", "--model", tiny, "--text", "hello", "--scale", "3.5=0.25", "--save", recipe)
-    second = read(capsys, "edit", "--model", tiny, "--text", "hello", "--recipe", recipe)
-    assert second["rows"] == first["rows"]
-    table = said(capsys, "edit", "--model", tiny, "--text", "hello", "--recipe", recipe)
-    assert "KL(before ‖ after) = " in table
-
-
-def test_a_recipe_for_another_model_is_refused(tiny: Path, tmp_path: Path, capsys: Shell) -> None:
-    from tests.app.tiny import save_tiny
-
-    recipe, other = tmp_path / "recipe.yaml", save_tiny(tmp_path / "other", seed=1)
-    read(capsys, "edit", "--model", other, "--text", "hello", "--scale", "3.5=0", "--save", recipe)
-    assert "made for another model" in refused(capsys, "edit", "--model", tiny, "--text", "hello", "--recipe", recipe)
-    with pytest.warns(UserWarning, match="another model"):
-        read(capsys, "edit", "--model", tiny, "--text", "hello", "--recipe", recipe, "--force")
-
-
-def test_text_comes_from_standard_input_or_a_file(tiny: Path, tmp_path: Path, capsys: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    direct = read(capsys, "edit", "--model", tiny, "--text", "hello", "--scale", "3.5=0")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
-    assert read(capsys, "edit", "--model", tiny, "--text", "-", "--scale", "3.5=0") == direct
-    file = tmp_path / "text.txt"
-    file.write_text("hello", encoding="utf-8")
-    assert read(capsys, "edit", "--model", tiny, "--text-file", file, "--scale", "3.5=0") == direct
-    file.write_bytes(b"\xff\xfe")
-    assert "not UTF-8" in refused(capsys, "edit", "--model", tiny, "--text-file", file, "--scale", "3.5=0")
 
 
 def test_progress_goes_to_stderr(tiny: Path, capsys: Shell) -> None:
