@@ -14,7 +14,7 @@ from headscope.app.escape import visible
 from headscope.app.heads_command import told
 from headscope.app.printing import listed, print_json, print_table
 from headscope.app.report.prompts import inputs_of, read_prompts
-from headscope.interventions.directions import Choice, Direction, Directions, choose_direction, find_directions
+from headscope.interventions.language.directions import Choice, Direction, Directions, choose_direction, find_directions
 from headscope.kernels.errors import InputError
 from headscope.probe import load
 from headscope.probe.attribution.target import id_named

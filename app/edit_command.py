@@ -21,10 +21,10 @@ from headscope.app.escape import visible
 from headscope.app.outcome import answer, compare
 from headscope.app.printing import print_json, print_table
 from headscope.interventions import Edit, Plan, scale, select
-from headscope.interventions.assertions import Assertion, parse_assertion
-from headscope.interventions.evaluate import evaluate
-from headscope.interventions.examples import Example, read_examples, with_inputs
-from headscope.interventions.metrics import NAMED, REFUSALS, Metric, as_metrics, refusal_rate
+from headscope.interventions.evaluation.assertions import Assertion, parse_assertion
+from headscope.interventions.evaluation.evaluate import evaluate
+from headscope.interventions.evaluation.examples import Example, read_examples, with_inputs
+from headscope.interventions.evaluation.metrics import NAMED, REFUSALS, Metric, as_metrics, refusal_rate
 from headscope.kernels.errors import InputError, RecipeError, SelectionError
 from headscope.probe import load
 from headscope.probe.models import digits_processor

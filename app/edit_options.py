@@ -146,7 +146,7 @@ def _add_methods(under: Commands[Parser]) -> None:
 
 class _ListMetrics(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
-        from headscope.interventions.metrics import NAMED
+        from headscope.interventions.evaluation.metrics import NAMED
 
         for name, made in NAMED.items():
             print(f"{name:<20}{made.__doc__.splitlines()[0] if made.__doc__ else ''}")

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from headscope.app.escape import visible
 from headscope.app.printing import print_table
 from headscope.interventions import Plan
-from headscope.interventions.assertions import Verdict
-from headscope.interventions.changes import Change, cells
 from headscope.interventions.cost import PlanCost
-from headscope.interventions.evaluation import Evaluation
+from headscope.interventions.evaluation.assertions import Verdict
+from headscope.interventions.evaluation.changes import Change, cells
+from headscope.interventions.evaluation.evaluation import Evaluation
 
 MOST_SITES = 12
 

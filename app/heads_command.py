@@ -10,9 +10,9 @@ from headscope.app.case import Case
 from headscope.app.escape import visible
 from headscope.app.printing import print_json, print_table
 from headscope.app.report.prompts import inputs_of, read_prompts
-from headscope.interventions.head_search import OBJECTIVES, HeadSet, search_heads
-from headscope.interventions.head_sets import removal_of
-from headscope.interventions.safety_heads import score_sahara, score_ships
+from headscope.interventions.language.head_search import OBJECTIVES, HeadSet, search_heads
+from headscope.interventions.language.head_sets import removal_of
+from headscope.interventions.language.safety_heads import score_sahara, score_ships
 from headscope.kernels.errors import InputError
 from headscope.probe import load
 

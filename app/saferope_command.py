@@ -18,7 +18,7 @@ from headscope.app.case import Case
 from headscope.app.escape import visible
 from headscope.app.printing import print_json, print_table
 from headscope.interventions import Plan, Prompted, SafeRoPE, span
-from headscope.interventions.prompts import divergence, last_logits, samples_of
+from headscope.interventions.language.prompts import divergence, last_logits, samples_of
 from headscope.interventions.saferope.saferope import angles
 from headscope.interventions.saferope.training import Schedule, output_of
 from headscope.interventions.spans import locate

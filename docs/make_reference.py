@@ -31,7 +31,18 @@ FURTHER = {
               "atlas.directions:read_directions", "atlas.composition:compose_heads", "atlas.probing:probe_heads", "atlas.behaviour:pairs",
               "atlas.behaviour:match_heads", "digit_flow:DigitFlow", "digit_prompts:PromptBook"],
     "interventions": ["activation:Activation", "cost:PlanCost", "cost:EditCost", "cost:SiteCost", "gates:risk", "gates:cosine",
-                      "gates:linear", "gates:function", "saferope.training:Schedule", "saferope.saferope:Turned"],
+                      "gates:linear", "gates:function", "saferope.training:Schedule", "saferope.saferope:Turned",
+                      "language.safety_heads:score_ships", "language.safety_heads:score_sahara", "language.head_search:search_heads",
+                      "language.directions:find_directions", "language.directions:choose_direction", "language.directions:Direction",
+                      "language.inference_time:fit_truth_heads", "language.spectral:fit_spectral", "language.emphasis:emphasise",
+                      "language.emphasis:profile_heads", "language.emphasis:edit_sink", "language.knockout:knock_out",
+                      "language.knockout:sweep_windows", "language.path_patching:patch_paths", "language.path_patching:rank_paths",
+                      "language.freezing:split_effect", "language.ablation:ablate_heads", "diffusion.bender:bend",
+                      "diffusion.maps:watch_maps", "diffusion.maps:token_maps", "diffusion.maps:TokenMaps",
+                      "diffusion.temporal:separate_events", "diffusion.style:mix_style", "diffusion.head_noise:noise_heads",
+                      "losses.losses:AttentionLoss", "losses.kept_run:keep_run", "losses.kept_run:Run",
+                      "losses.loss_terms:laplacian_spectrum", "evaluation.metrics:Metric", "evaluation.metrics:refusal_rate",
+                      "evaluation.metrics:generated"],
 }  # fmt: skip
 
 # The modules of kernels/ that are for others to call, in the order of the page, and which of their names; None for all.
@@ -133,6 +144,15 @@ def source(module: str) -> Path:
     return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
 
+def defining(module: str, name: str) -> Path:
+    """The file that defines a name which a module has, perhaps from another."""
+    file = source(module)
+    if name in definitions(file):
+        return file
+    passed = (node for node in tree(file).body if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names))
+    return defining(next(passed).module or "", name)
+
+
 def exported(package: str) -> Iterator[Name]:
     """The names in `__all__`, errors left out, then those of FURTHER."""
     init = tree(ROOT / package / "__init__.py")
@@ -144,7 +164,7 @@ def exported(package: str) -> Iterator[Name]:
         if home[name] == f"headscope.{package}":  # a module: FURTHER says what of it is told
             continue
         if not home[name].endswith(".errors"):
-            file = source(home[name])
+            file = defining(home[name], name)
             yield Name(name, f"headscope.{package}", file, definitions(file)[name])
     for place in FURTHER[package]:
         module, _, name = place.partition(":")

@@ -11,6 +11,7 @@ if __name__ != "headscope.interventions":
 from headscope.interventions import gates
 from headscope.interventions.difference import PlanDifference
 from headscope.interventions.edit import Edit
+from headscope.interventions.evaluation import Evaluation, evaluate
 from headscope.interventions.gates import Gate
 from headscope.interventions.injection import inject
 from headscope.interventions.mixing import mix, noise
@@ -22,11 +23,13 @@ from headscope.interventions.rotary import band, phase, reposition
 from headscope.interventions.saferope.examples import Prompted
 from headscope.interventions.saferope.saferope import SafeRoPE
 from headscope.interventions.select import Role, Selector, Span, grid, role, select, span
+from headscope.interventions.separation import separate
 from headscope.interventions.subspace import project, rotate
 from headscope.interventions.warping import warp
 
 __all__ = [
     "Edit",
+    "Evaluation",
     "Gate",
     "Plan",
     "PlanDifference",
@@ -40,6 +43,7 @@ __all__ = [
     "band",
     "bias",
     "call",
+    "evaluate",
     "find_roles",
     "freeze",
     "gates",
@@ -57,6 +61,7 @@ __all__ = [
     "rotate",
     "scale",
     "select",
+    "separate",
     "sinkhorn",
     "span",
     "warp",

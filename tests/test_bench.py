@@ -282,18 +282,18 @@ def test_memory_of_a_look_is_measured_after_a_first_run() -> None:
     assert health.report_memory(health.WAYS[2], NARROW, 48) >= 0
 
 
-SMALL = saferope.Settings(
+LAYER_AND_MODEL = saferope.Settings(
     saferope.Shape(heads=2, tokens=12, text=4, width=8, rank=3), health.Shape(layers=1, heads=2, width=16, positions=16), 12, (2, 2)
 )
 
 
 @pytest.fixture(scope="module")
 def turned() -> saferope.Report:
-    return saferope.run(SMALL)
+    return saferope.run(LAYER_AND_MODEL)
 
 
 def test_every_way_with_saferope_is_timed_in_every_round_and_has_a_row(turned: saferope.Report) -> None:
-    assert list(turned.layer) == list(saferope.layer_labels(SMALL.layer))
+    assert list(turned.layer) == list(saferope.layer_labels(LAYER_AND_MODEL.layer))
     assert list(turned.model) == list(saferope.MODEL_LABELS)
     assert all(len(timing.seconds) == 2 for timing in (*turned.layer.values(), *turned.model.values()))
     rows = [line for line in turned.to_markdown().splitlines() if line.startswith("| ")]
@@ -303,7 +303,7 @@ def test_every_way_with_saferope_is_timed_in_every_round_and_has_a_row(turned: s
 
 
 def test_what_is_timed_next_to_saferope_computes_the_same() -> None:
-    layer, drawn = saferope.Attention(SMALL.layer), saferope.Turned.drawn(SMALL.layer)
+    layer, drawn = saferope.Attention(LAYER_AND_MODEL.layer), saferope.Turned.drawn(LAYER_AND_MODEL.layer)
     plain, expected = layer(), layer(drawn.by_exponentials(layer.q), drawn.by_exponentials(layer.k))
     with drawn.plan().on(layer):
         found = layer()

@@ -19,8 +19,8 @@ from video import GRID as VIDEO_GRID
 from video import MOTIONS, SHAPES, VideoJudge, load_flow
 
 from headscope.interventions import Plan, select
-from headscope.interventions.bender import bend
-from headscope.interventions.maps import TokenMaps, watch_maps
+from headscope.interventions.diffusion.bender import bend
+from headscope.interventions.diffusion.maps import TokenMaps, watch_maps
 from headscope.probe import load
 
 sys.path.append(str(Path(__file__).parents[1] / "saferope"))

@@ -12,7 +12,7 @@ from sentences import ANCHORS, FRAMES, Pair, anchors_of, pairs_of
 from subject import Subject
 from torch import nn
 
-from headscope.interventions.losses import AttentionLoss, keep_run
+from headscope.interventions.losses.losses import AttentionLoss, keep_run
 
 LAYERS = (2, 3, 4)  # of 6: as deep, relatively, as UGID's 13, 15, 17 of 32
 TRAINED = ("q_proj", "k_proj", "v_proj", "o_proj")

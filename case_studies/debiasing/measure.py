@@ -11,7 +11,7 @@ from sentences import ANCHORS, HELD_OUT, NEW_ANCHORS, Occupations, Pair, anchors
 from subject import Subject
 from torch import Tensor, nn
 
-from headscope.interventions.losses import hidden_distance, keep_run, log_odds, spectrum_distance
+from headscope.interventions.losses.losses import hidden_distance, keep_run, log_odds, spectrum_distance
 
 
 @torch.no_grad()

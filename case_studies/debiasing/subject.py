@@ -14,7 +14,7 @@ import torch
 from sentences import ANCHORS, FEMALE, FRAMES, HELD_OUT, MALE, NEW_ANCHORS, Pair, anchors_of, pairs_of
 from torch import Tensor
 
-from headscope.interventions.losses import masked_divergence
+from headscope.interventions.losses.losses import masked_divergence
 from headscope.probe import load
 
 PADDING = 2

@@ -23,10 +23,10 @@ from log import Log
 from planting import HELD_OUT, TRAINED, Prompts, plant, prompts, refusal, refusal_rate
 from torch import nn
 
-from headscope.interventions.evaluate import evaluate
-from headscope.interventions.head_search import search_heads
-from headscope.interventions.head_sets import Removal
-from headscope.interventions.safety_heads import score_sahara, score_ships
+from headscope.interventions.evaluation.evaluate import evaluate
+from headscope.interventions.language.head_search import search_heads
+from headscope.interventions.language.head_sets import Removal
+from headscope.interventions.language.safety_heads import score_sahara, score_ships
 
 HERE = Path(__file__).parent
 PLANTED = ((2, 5), (3, 1), (4, 6))

@@ -27,9 +27,9 @@ from steered import Judge, grouped, write_all
 from styles import articles, divided, neutral, plays
 
 from headscope.interventions import Edit, Plan, freeze
-from headscope.interventions.directions import Direction, find_directions
-from headscope.interventions.freezing import split_effect
-from headscope.interventions.prompts import divergence, last_logits
+from headscope.interventions.language.directions import Direction, find_directions
+from headscope.interventions.language.freezing import split_effect
+from headscope.interventions.language.prompts import divergence, last_logits
 from headscope.probe import Keep, Probe, load
 from headscope.probe.attribution.interval import bootstrap
 

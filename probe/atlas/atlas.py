@@ -234,6 +234,7 @@ class HeadAtlas:
         title = f"Head atlas: {self.info.get('model', 'model')}"
         head = (
             "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+            "<style>body{color-scheme:light dark;background:light-dark(#fff,#15171b)}</style>"
             f"<title>{markup(title)}</title></head><body style='margin:0 auto;max-width:72rem;padding:1rem'>"
         )
         return write_whole(Path(path), f"{head}{page_of(self)}</body></html>\n".encode())

@@ -52,37 +52,38 @@ def page_of(atlas: HeadAtlas) -> str:
     heads = sum(site.query_heads for site in atlas.sites)
     parts = [
         f"<h1 style='font-size:1.5em;margin:.2em 0'>Head atlas of {markup(str(atlas.info.get('model', 'the model')))}</h1>",
-        f"<p style='color:#444;margin:.2em 0 1em'>{len(atlas.sites)} attention sites, {heads} heads. "
+        f"<p style='opacity:.75;margin:.2em 0 1em'>{len(atlas.sites)} attention sites, {heads} heads. "
         "A head is named layer.head. Every label follows from a number by a rule; the number stands beside it.</p>",
         *(f"<p><b>Note:</b> {markup(text)}</p>" for text in atlas.warnings),
         _map(atlas), _cards(atlas), _scores(atlas), _clusters(atlas), _circuits(atlas), _made(atlas),
     ]  # fmt: skip
-    style = "font-family:system-ui,sans-serif;font-size:14px;line-height:1.5;color:#111;background:#fff;padding:.5em"
+    colours = "color-scheme:light dark;color:light-dark(#111,#eceef1);background:light-dark(#fff,#15171b)"
+    style = f"font-family:system-ui,sans-serif;font-size:14px;line-height:1.5;{colours};padding:.5em"
     return f'<div style="{style}">{"".join(part for part in parts if part)}</div>'
 
 
 def _map(atlas: HeadAtlas) -> str:
     wide = min(MOST_HEADS, max((site.query_heads for site in atlas.sites), default=0))
     cards = {(card.layer, card.head): card for card in atlas.cards()}
-    cell = "border:1px solid #fff;padding:3px 4px;text-align:center;font-size:12px;"
-    top = "".join(f"<th style='{cell}color:#555;font-weight:normal'>{head}</th>" for head in range(wide))
+    cell = "border:1px solid transparent;padding:3px 4px;text-align:center;font-size:12px;"
+    top = "".join(f"<th style='{cell}opacity:.7;font-weight:normal'>{head}</th>" for head in range(wide))
     rows = []
     for layer, site in zip(atlas.layers, atlas.sites, strict=True):
-        row = [f"<th style='{cell}text-align:right;color:#555;font-weight:normal;white-space:nowrap'>layer {layer}</th>"]
+        row = [f"<th style='{cell}text-align:right;opacity:.7;font-weight:normal;white-space:nowrap'>layer {layer}</th>"]
         for head in range(min(wide, site.query_heads)):
             card = cards[layer, head]
             label = card.labels[0]
             fill = COLOURS.get(label, "#f5f5f5")
             more = "+" if len(card.labels) > 1 else ""
             text = SHORT.get(label, "·" if label == PLAIN else "?")
-            row.append(f"<td style='{cell}background:{fill};min-width:4.6em' title='{_attribute(card.text)}'>{text}{more}</td>")
+            row.append(f"<td style='{cell}background:{fill};color:#111;min-width:4.6em' title='{_attribute(card.text)}'>{text}{more}</td>")
         rows.append(f"<tr>{''.join(row)}</tr>")
     notes = "+ has further labels; · no pattern that has a name; ? undefined"
     cut = "" if wide == max((site.query_heads for site in atlas.sites), default=0) else f" The first {wide} heads of each layer are drawn."
     return (
         "<div style='overflow-x:auto'><table style='border-collapse:collapse'><tr><th></th>"
         f"{top}</tr>{''.join(rows)}</table></div>"
-        f"<p style='color:#555;font-size:12px;margin:.3em 0 1em'>Columns are heads. {notes}.{cut}</p>"
+        f"<p style='opacity:.7;font-size:12px;margin:.3em 0 1em'>Columns are heads. {notes}.{cut}</p>"
     )
 
 
@@ -97,10 +98,10 @@ def _cards(atlas: HeadAtlas) -> str:
         also = [card for card in cards if card.labels[0] != label]
         shown = "".join(f"<li style='margin:.1em 0'>{_line(card)}</li>" for card in first[:MOST_CARDS])
         rest = f"<li>and {len(first) - MOST_CARDS} more: {_names(first[MOST_CARDS:])}</li>" if len(first) > MOST_CARDS else ""
-        rest += f"<li style='color:#444'>{'also' if first else 'only beside other labels:'} {_names(also)}</li>" if also else ""
+        rest += f"<li style='opacity:.75'>{'also' if first else 'only beside other labels:'} {_names(also)}</li>" if also else ""
         told = _rule(rule.score, atlas.thresholds.get(label, rule.at_least))
         number = f"{len(cards)} head{'s' if len(cards) > 1 else ''}"
-        source = f"<span style='color:#555;font-size:12px'>{number}; rule: {markup(told)} ({markup(rule.source)})</span>"
+        source = f"<span style='opacity:.7;font-size:12px'>{number}; rule: {markup(told)} ({markup(rule.source)})</span>"
         parts.append(
             f"<div style='margin:.8em 0'>{_chip(label)} {source}<ul style='margin:.2em 0;padding-left:1.4em;list-style:none'>"
             f"{shown}{rest}</ul></div>"
@@ -124,7 +125,7 @@ def _names(cards: Sequence[Card]) -> str:
 
 
 def _chip(label: str) -> str:
-    return f"<b style='background:{COLOURS.get(label, '#eee')};padding:1px 8px;border-radius:3px'>{markup(label)}</b>"
+    return f"<b style='background:{COLOURS.get(label, '#eee')};color:#111;padding:1px 8px;border-radius:3px'>{markup(label)}</b>"
 
 
 def _scores(atlas: HeadAtlas) -> str:
@@ -149,14 +150,14 @@ def _table(atlas: HeadAtlas, name: str) -> str:
     rows = []
     for layer, row in zip(atlas.layers, table, strict=True):
         cells = "".join(f"<td style='{style}{_shade(cell, largest)}'>{_told(cell, name)}</td>" for cell in row[:wide])
-        rows.append(f"<tr><th style='{style}color:#555;font-weight:normal'>{layer}</th>{cells}</tr>")
+        rows.append(f"<tr><th style='{style}opacity:.7;font-weight:normal'>{layer}</th>{cells}</tr>")
     even = atlas.uniform.get(name)
     base = [cell for row in (even.tolist() if even is not None else []) for cell in row if not math.isnan(cell)]
     between = f"; uniform attention {min(base):.2f}" + (f" to {max(base):.2f}" if max(base) - min(base) > 0.005 else "") if base else ""
     measured = f"; on {markup(atlas.on[name])}" if name in atlas.on else ""
     told = f"{markup(MEANING.get(name, 'a detector of the user'))}{measured}{between}"
     return (
-        f"<div style='max-width:26em'><b>{markup(name)}</b><br><span style='color:#555;font-size:12px'>{told}</span>"
+        f"<div style='max-width:26em'><b>{markup(name)}</b><br><span style='opacity:.7;font-size:12px'>{told}</span>"
         f"<div style='overflow-x:auto'><table style='border-collapse:collapse;margin-top:.2em'>{''.join(rows)}</table></div></div>"
     )
 
@@ -166,7 +167,7 @@ def _shade(cell: float, largest: float) -> str:
         return "color:#777"
     share = 0.65 * min(1.0, abs(cell) / largest)
     red, green, blue = (round(255 + share * (channel - 255)) for channel in (BLUE if cell >= 0 else RED))
-    return f"background:rgb({red},{green},{blue})"
+    return f"background:rgb({red},{green},{blue});color:#111"
 
 
 def _told(cell: float, name: str) -> str:
@@ -223,18 +224,18 @@ def _circuits(atlas: HeadAtlas) -> str:
             f"<details style='margin:.2em 0'><summary>{markup(card.name)} {markup(', '.join(card.labels))}</summary>"
             f"<table style='border-collapse:collapse'>{lines}</table></details>"
         )
-    parts += [f"<p style='color:#555;font-size:12px'>{markup(site)}: {markup(reason)}</p>" for site, reason in found.reasons.items()]
+    parts += [f"<p style='opacity:.7;font-size:12px'>{markup(site)}: {markup(reason)}</p>" for site, reason in found.reasons.items()]
     return "".join(parts) if len(parts) > 1 else ""
 
 
 def _headed(atlas: HeadAtlas, site: str, head: int) -> str:
     """A head's name in the colour of its label."""
     label = atlas.card(atlas.layers[[own.name for own in atlas.sites].index(site)], head).labels[0]
-    return f"<span style='background:{COLOURS.get(label, '#fff')};padding:0 4px'>{markup(atlas.name(site, head))}</span>"
+    return f"<span style='background:{COLOURS.get(label, '#fff')};color:#111;padding:0 4px'>{markup(atlas.name(site, head))}</span>"
 
 
 def _tokens(tokens: Sequence[str]) -> str:
-    box = "border:1px solid #ddd;padding:0 3px;margin:1px;white-space:pre;unicode-bidi:isolate;display:inline-block"
+    box = "border:1px solid #8886;padding:0 3px;margin:1px;white-space:pre;unicode-bidi:isolate;display:inline-block"
     return "".join(f'<span style="{box}">{markup(token)}</span>' for token in tokens[:MOST_TOKENS])
 
 
@@ -242,7 +243,7 @@ def _made(atlas: HeadAtlas) -> str:
     lines = [f"{markup(name)}: {markup(str(value))}" for name, value in atlas.info.items()]
     missing = [f"{markup(name)} is undefined: {markup(reason)}" for name, reason in atlas.undefined.items()]
     told = "".join(f"<li>{line}</li>" for line in [*missing, *lines])
-    return f"{_title('How this was made')}<ul style='margin:.2em 0;color:#444;font-size:12px;overflow-wrap:anywhere'>{told}</ul>"
+    return f"{_title('How this was made')}<ul style='margin:.2em 0;opacity:.75;font-size:12px;overflow-wrap:anywhere'>{told}</ul>"
 
 
 def _title(text: str) -> str:

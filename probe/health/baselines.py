@@ -17,6 +17,7 @@ from torch import nn
 from headscope.kernels.errors import HeadscopeError, InputError
 from headscope.probe.call import AttentionSite
 from headscope.probe.health.measures import HeadMeasures, StreamMeasures, plain
+from headscope.probe.health.undisturbed import bare_model
 
 KINDS = ("uniform", "fresh")
 Measure = Callable[[nn.Module], tuple[tuple[HeadMeasures, ...], tuple[StreamMeasures, ...]]]
@@ -167,8 +168,10 @@ def fresh_copy(model: nn.Module, seed: int = 0) -> nn.Module:
         seed: of the weights; the random state outside is left alone.
 
     Raises:
-        InputError: a parameter belongs to a module that does not say how it begins, or the model cannot be copied.
+        InputError: a parameter belongs to a module that does not say how it begins, the model cannot be copied, or its weights are
+            spread over processes.
     """
+    model = bare_model(model)
     weight = next(model.parameters(), None)
     if weight is None:
         raise InputError("the model has no parameters, so there is nothing to initialise")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from headscope.kernels.errors import InputError, SelectionError, ShapeError
+from headscope.probe.health.blocks import Key, watched_states
 from headscope.probe.health.cka import LEAST, linear_cka
 from headscope.probe.health.comparison import HeadDifference, HealthComparison, StreamDifference
 from headscope.probe.health.differences import HeadSums
 from headscope.probe.health.inputs import Batch, Inputs, Tokens, batches_of, refuse_training
 from headscope.probe.health.kept import Kept
-from headscope.probe.health.streams import Key, watched_states
 from headscope.probe.interception import check_model, intercept
 from headscope.probe.models import model_fingerprint
 from headscope.probe.record import Record, spoken

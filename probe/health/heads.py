@@ -2,7 +2,7 @@
 
 Letters: S samples, H query heads, n rows that count, m keys.
 
-`readings` says what each row and each key has to tell; this file averages it. What every number means stands in
+`readings` and `panel_readings` say what each row and each key has to tell; this file averages it. What every number means stands in
 `headscope.probe.health.measures.HeadMeasures`, the formulas in `docs/math/health.md`.
 """
 
@@ -20,7 +20,8 @@ from headscope.probe.capture import matches
 from headscope.probe.health.bounds import entropy_floor
 from headscope.probe.health.inputs import Tokens
 from headscope.probe.health.measures import HEAD_FIELDS, HeadMeasures
-from headscope.probe.health.readings import Readings, read_source, read_view, source_of
+from headscope.probe.health.panel_readings import read_source, source_of
+from headscope.probe.health.readings import Readings, read_view
 from headscope.probe.health.visibility import Views
 
 NO_ROWS = "no row counts: every query is padding, special or sees no key"

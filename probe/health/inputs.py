@@ -153,6 +153,9 @@ def _batch(model: nn.Module, given: Any, tokens: Tensor | None, special: Tensor 
         raise InputError(
             f"a batch is {type(given).__name__}: give keyword inputs, such as tokenizer(text, return_tensors='pt'), or a tensor"
         )
+    for name, value in (*((f"input {place}", one) for place, one in enumerate(args)), *kwargs.items()):
+        if name in ("input 0", "input_ids") and isinstance(value, Tensor) and value.numel() == 0:
+            raise InputError(f"{name} is {shown(value)}: there is no token to measure")
     counts = _mask("tokens", tokens) if tokens is not None else _padding(kwargs.get("attention_mask"))
     two_sides = "decoder_input_ids" in kwargs or bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     decoder = _padding(kwargs.get("decoder_attention_mask")) if two_sides else None

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from headscope.kernels.errors import HeadscopeError, InputError, SelectionError
 from headscope.probe.health.baselines import measure_baselines
+from headscope.probe.health.blocks import Key, State, watch_states
 from headscope.probe.health.findings import find
 from headscope.probe.health.gradients import measure_gradients
 from headscope.probe.health.heads import HeadMeter
 from headscope.probe.health.inputs import Batch, Inputs, batches_of, refuse_training, undisturbed
 from headscope.probe.health.measures import GradientMeasures, HeadMeasures, StreamMeasures
 from headscope.probe.health.report import HealthReport
-from headscope.probe.health.streams import Key, State, average_streams, measure_stream, watch_states
+from headscope.probe.health.streams import average_streams, measure_stream
 from headscope.probe.health.thresholds import Thresholds, thresholds_of
 from headscope.probe.interception.intercept import check_model, intercept
 from headscope.probe.models import model_fingerprint

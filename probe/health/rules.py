@@ -67,9 +67,9 @@ RULES: dict[str, Rule] = {
         "Wortsman et al. 2023; Kimi Team 2025",
     ),
     "sink": Rule(
-        "gives {sink:.2f} of its attention to the token at position {key:.0f}; heads do so to do nothing",
+        "gives {sink:.2f} of its attention to the token at position {key:.0f}: the usual way for a head to do nothing",
         "{count} of {total} heads give {sink:.2f} of their attention and more to one token, mostly that at position {key:.0f}; "
-        "heads do so to do nothing, and in causal models it is normal",
+        "it is the usual way for a head to do nothing, and normal in causal models",
         (), "Xiao et al. 2024; Gu et al. 2025",
     ),
     "sink-dominated": Rule(

@@ -15,15 +15,15 @@ import torch
 
 from headscope.app.cli import main
 from headscope.interventions import Edit, Plan, scale, select, span
-from headscope.interventions.evaluate import evaluate
-from headscope.interventions.evaluation import Evaluation
-from headscope.interventions.metrics import NAMED
+from headscope.interventions.evaluation.evaluate import evaluate
+from headscope.interventions.evaluation.evaluation import Evaluation
+from headscope.interventions.evaluation.metrics import NAMED
 from headscope.kernels.errors import HeadscopeError
 from headscope.probe import load
 from headscope.probe.models import embedded_folder, tokenize
 
 Shell = pytest.CaptureFixture[str]
-SCHEMA = json.loads((files("headscope.interventions") / "evaluation.schema.json").read_text())
+SCHEMA = json.loads((files("headscope.interventions.evaluation") / "evaluation.schema.json").read_text())
 ROWS = [
     {"id": "a", "text": "hello", "target": "a", "against": "b"},
     {"id": "b", "text": "password", "target": 100},

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headscope.interventions.assertions import MOMENTS, RELATIONS, Assertion, parse_assertion
-from headscope.interventions.changes import Result, change_of
-from headscope.interventions.evaluation import Evaluation
+from headscope.interventions.evaluation.assertions import MOMENTS, RELATIONS, Assertion, parse_assertion
+from headscope.interventions.evaluation.changes import Result, change_of
+from headscope.interventions.evaluation.evaluation import Evaluation
 from headscope.kernels.errors import InputError
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)

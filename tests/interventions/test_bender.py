@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from headscope.interventions import Plan, find_roles, grid, role, select
-from headscope.interventions.bender import bend
-from headscope.interventions.maps import watch_maps
+from headscope.interventions.diffusion.bender import bend
+from headscope.interventions.diffusion.maps import watch_maps
 from headscope.kernels.errors import EditError, SelectionError
 from headscope.probe import Keep, Probe
 from tests.models import diffusion

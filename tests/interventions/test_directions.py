@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from headscope.interventions import Plan
-from headscope.interventions.directions import Direction, choose_direction, find_directions
-from headscope.interventions.prompts import read_states
+from headscope.interventions.language.directions import Direction, choose_direction, find_directions
+from headscope.interventions.language.prompts import read_states
 from headscope.kernels.errors import InputError, SelectionError
 from tests.interventions.small_models import EMBED, LAYERS, bert, changed, gpt2, hooked, kl, last, llama, prompts
 

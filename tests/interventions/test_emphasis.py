@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from headscope.interventions import Plan
-from headscope.interventions.emphasis import Marked, choose_heads, edit_sink, emphasise, profile_heads
+from headscope.interventions.language.emphasis import Marked, choose_heads, edit_sink, emphasise, profile_heads
 from headscope.kernels.errors import EditError, InputError, SelectionError
 from headscope.probe import Keep, Probe
 from tests.interventions.small_models import HEADS, LAYERS, bert, changed, last, llama, prompts

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headscope.interventions import Edit, Plan, add, bias, call, role, scale, select, span
-from headscope.interventions.assertions import parse_assertion
-from headscope.interventions.changes import Result, change_of
-from headscope.interventions.evaluate import evaluate
-from headscope.interventions.evaluation import Evaluation
-from headscope.interventions.examples import Example
-from headscope.interventions.metrics import generated, refusal_rate
+from headscope.interventions.evaluation.assertions import parse_assertion
+from headscope.interventions.evaluation.changes import Result, change_of
+from headscope.interventions.evaluation.evaluate import evaluate
+from headscope.interventions.evaluation.evaluation import Evaluation
+from headscope.interventions.evaluation.examples import Example
+from headscope.interventions.evaluation.metrics import generated, refusal_rate
 from headscope.kernels.errors import HeadscopeError, InputError, SelectionError, StoreError
 from headscope.probe import load
 
 ABLATE = Plan([Edit("z", scale(0.0), select(layer=1, head=2))])
-SCHEMA = json.loads((files("headscope.interventions") / "evaluation.schema.json").read_text())
+SCHEMA = json.loads((files("headscope.interventions.evaluation") / "evaluation.schema.json").read_text())
 
 
 class Letters:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from headscope.interventions.examples import Example, as_examples, case_of, read_examples
+from headscope.interventions.evaluation.examples import Example, as_examples, case_of, read_examples
 from headscope.kernels.errors import InputError
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headscope.interventions import Plan
-from headscope.interventions.inference_time import TruthHeads, fit_truth_heads
+from headscope.interventions.language.inference_time import TruthHeads, fit_truth_heads
 from headscope.kernels.errors import InputError
 from headscope.probe import Keep, Probe
 from tests.interventions.small_models import HEADS, LAYERS, WIDTH, changed, llama, prompts

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from headscope.interventions.knockout import Flow, knock_out, sweep_windows
+from headscope.interventions.language.knockout import Flow, knock_out, sweep_windows
 from headscope.kernels.errors import InputError
 from tests.interventions.small_models import LAYERS, bert, last, llama, prompts
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headscope.interventions.losses import (
+from headscope.interventions.losses.losses import (
     AttentionLoss,
     Run,
     edge_distance,

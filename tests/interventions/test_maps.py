@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headscope.interventions import find_roles, select
-from headscope.interventions.maps import MapReader, TokenMaps, token_maps, watch_maps
+from headscope.interventions.diffusion.maps import MapReader, TokenMaps, token_maps, watch_maps
 from headscope.kernels.errors import InputError, SelectionError, ShapeError
 from headscope.probe import AttentionSite, Capture, Keep, Probe
 from tests.models import diffusion
@@ -119,7 +119,7 @@ def test_a_large_call_is_read_head_by_head_with_the_same_result(wan: Model, monk
     model, inputs = wan
     found = []
     for most in (1 << 26, 1):
-        monkeypatch.setattr("headscope.interventions.maps.MOST_CELLS", most)
+        monkeypatch.setattr("headscope.interventions.diffusion.maps.MOST_CELLS", most)
         with watch_maps(model, [0, 5], grid=(2, 4, 4), where=select(heads=[1])) as watched:
             run(model, inputs)
         found.append(watched.maps().maps)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope.interventions.examples import Case, Example
-from headscope.interventions.metrics import NAMED, Metric, Outcome, as_metrics, generated, refusal_rate
+from headscope.interventions.evaluation.examples import Case, Example
+from headscope.interventions.evaluation.metrics import NAMED, Metric, Outcome, as_metrics, generated, refusal_rate
 from headscope.kernels.errors import InputError
 
 TOKENS, WORDS = 5, 11

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headscope.interventions import Edit, Plan, add, bias, freeze, scale, select
-from headscope.interventions.freezing import split_effect
-from headscope.interventions.path_patching import Receiver, patch_paths, rank_paths
+from headscope.interventions.language.freezing import split_effect
+from headscope.interventions.language.path_patching import Receiver, patch_paths, rank_paths
 from headscope.kernels.errors import InputError, SelectionError
 from headscope.probe import Keep, Probe
 from headscope.probe.attribution.target import Target

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headscope.interventions.ablation import ablate_heads
-from headscope.interventions.head_search import capped, search_heads
-from headscope.interventions.head_sets import Removal
-from headscope.interventions.safety_heads import score_sahara, score_ships
+from headscope.interventions.language.ablation import ablate_heads
+from headscope.interventions.language.head_search import capped, search_heads
+from headscope.interventions.language.head_sets import Removal
+from headscope.interventions.language.safety_heads import score_sahara, score_ships
 from headscope.kernels.errors import EditError, InputError, SelectionError
 from headscope.probe import Keep, Probe
 from tests.interventions.small_models import HEADS, LAYERS, WIDTH, bert, changed, gpt2, kl, last, llama, prompts, rows

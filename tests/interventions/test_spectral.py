@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headscope.interventions import Edit, Plan, project
 from headscope.interventions.edit import change
-from headscope.interventions.spectral import fit_spectral
+from headscope.interventions.language.spectral import fit_spectral
 from headscope.kernels.errors import EditError, InputError
 from tests.interventions.dense import make_call
 from tests.interventions.small_models import EMBED, LAYERS, hooked, llama, prompts

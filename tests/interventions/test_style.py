@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headscope.interventions import Plan
-from headscope.interventions.style import adain, mix_style
+from headscope.interventions.diffusion.style import adain, mix_style
 from headscope.kernels.errors import EditError, ShapeError
 from headscope.probe import Capture, Keep, Probe
 from tests.models import diffusion

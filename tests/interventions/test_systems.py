@@ -32,14 +32,14 @@ from headscope.interventions import (
     scale,
     select,
 )  # fmt: skip
-from headscope.interventions.bender import bend
+from headscope.interventions.diffusion.bender import bend
+from headscope.interventions.diffusion.head_noise import find_anchors, noise_heads
+from headscope.interventions.diffusion.maps import watch_maps
+from headscope.interventions.diffusion.style import mix_style
+from headscope.interventions.diffusion.temporal import separate_events
 from headscope.interventions.edit import change
 from headscope.interventions.gates import risk_score
-from headscope.interventions.head_noise import find_anchors, noise_heads
-from headscope.interventions.maps import watch_maps
-from headscope.interventions.style import mix_style
 from headscope.interventions.subspace import turn
-from headscope.interventions.temporal import separate_events
 from headscope.probe import Keep, Probe
 from headscope.probe.rotary import read_rotary
 from tests.interventions.dense import make_call

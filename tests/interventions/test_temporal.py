@@ -15,9 +15,9 @@ import yaml
 from torch import Tensor, nn
 
 from headscope.interventions import Edit, Plan
+from headscope.interventions.diffusion.temporal import separate_events
 from headscope.interventions.edit import change
 from headscope.interventions.separation import separate
-from headscope.interventions.temporal import separate_events
 from headscope.kernels.errors import EditError, SelectionError, ShapeError
 from headscope.probe import Keep, Probe
 from tests.interventions.dense import make_call

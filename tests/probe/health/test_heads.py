@@ -275,7 +275,7 @@ def test_panels_of_any_height_agree_with_the_streamed_way(monkeypatch: pytest.Mo
     torch.manual_seed(5)
     q, k = torch.randn(2, 2, 30, 4, dtype=torch.float64), torch.randn(2, 2, 30, 4, dtype=torch.float64)
     streamed = measure_call(call_of(q, k), steps=2)
-    monkeypatch.setattr("headscope.probe.health.readings._CELLS", 0)  # 8 rows at a time
+    monkeypatch.setattr("headscope.probe.health.panel_readings._CELLS", 0)  # 8 rows at a time
     walked = measure_call(call_of(q, k, bias=torch.randn(1, 1, 30, 1, dtype=torch.float64).expand(1, 1, 30, 30)), steps=2)
     for name in set(HEAD_FIELDS) - {"max_score"}:
         torch.testing.assert_close(streamed.numbers()[name], walked.numbers()[name], equal_nan=True)

@@ -213,3 +213,18 @@ def test_what_cannot_be_measured_is_refused_in_words() -> None:
         measure_health(gpt2(), {"input_ids": ids}, spectrum=-1)
     with pytest.raises(InputError, match="without special"):
         measure_health(gpt2(), {"input_ids": ids}, ignore_special=True)
+
+
+def test_inputs_without_a_token_are_refused() -> None:
+    with pytest.raises(InputError, match="no token to measure"):
+        measure_health(gpt2(), {"input_ids": tokens_of(1, 0)})
+    with pytest.raises(InputError, match="no token to measure"):
+        measure_health(gpt2(), tokens_of(1, 0))
+
+
+def test_a_compiled_model_is_compared_with_a_fresh_copy_of_what_it_wraps() -> None:
+    compiled = torch.compile(gpt2(), backend="eager")
+    report = measure_health(compiled, {"input_ids": tokens_of(1, 12)})
+    assert not report.baselines.absent
+    assert [one.site.name for one in report.baselines.heads] == [one.site.name for one in report.heads]
+    assert [one.name for one in report.baselines.streams] == [one.name for one in report.streams]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from headscope.kernels.errors import ShapeError
-from headscope.probe.health.streams import State, average_streams, measure_stream, watch_states, watched_states
+from headscope.probe.health.blocks import State, watch_states, watched_states
+from headscope.probe.health.streams import average_streams, measure_stream
 
 torch.set_num_threads(1)
 
@@ -55,6 +56,27 @@ def test_states_have_the_numbers_of_their_definitions(seed: int, n: int, width: 
     found = measure_stream(x[None])
     for name, value in dense(x).items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-6, abs=1e-9), name
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("rogue", [1.0, 1e3])
+@pytest.mark.parametrize("decay", [0.0, 2.0, 6.0])
+def test_wide_states_have_the_ranks_of_their_definitions(offset: float, rogue: float, decay: float) -> None:
+    """Wide enough that the ranks of the raw states are told by few steps, or, where the spectrum runs to 0, by all eigenvalues."""
+    made, near = (
+        torch.Generator().manual_seed(0),
+        2e-6 if decay < 6 and rogue * offset < 1e5 else 2e-3,
+    )  # Gram matrices do not tell σ below 1e-8 σ₁
+    x = torch.randn(420, 210, generator=made, dtype=torch.float64) * torch.logspace(0, -decay, 210, dtype=torch.float64)
+    x = x + offset * torch.randn(210, generator=made, dtype=torch.float64)
+    x[:, 3] *= rogue
+    found = measure_stream(x[None])
+    for suffix, matrix in (("", x), ("_centred", x - x.mean(dim=0))):
+        s = torch.linalg.svdvals(matrix)
+        p = s / s.sum()
+        assert getattr(found, "effective_rank" + suffix) == pytest.approx(float(torch.special.entr(p).sum().exp()), rel=near)
+        assert getattr(found, "stable_rank" + suffix) == pytest.approx(float(s.square().sum() / s[0] ** 2), rel=1e-9)
+        assert getattr(found, "participation" + suffix) == pytest.approx(float(s.square().sum() ** 2 / s.pow(4).sum()), rel=1e-9)
 
 
 def test_the_identity_has_a_composite_residual_above_one() -> None:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from headscope.interventions.edit import Edit
+from headscope.interventions.language.prompts import Prompts, samples_of, sites_of
 from headscope.interventions.ops import freeze, patch
 from headscope.interventions.plan import Plan
-from headscope.interventions.prompts import Prompts, samples_of, sites_of
 from headscope.interventions.select import select
 from headscope.kernels.errors import InputError
 from headscope.probe.attribution.interval import Interval, bootstrap

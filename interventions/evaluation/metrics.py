@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from headscope.interventions.examples import Case, Example
+from headscope.interventions.evaluation.examples import Case, Example
 from headscope.kernels.errors import AttributionError, InputError
 from headscope.probe.attribution.target import logits_of
 

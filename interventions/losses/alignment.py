@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from headscope.interventions.loss_terms import wide
+from headscope.interventions.losses.loss_terms import wide
 from headscope.kernels.errors import InputError, ShapeError
 
 Where = slice | Sequence[int] | Tensor

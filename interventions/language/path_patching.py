@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from headscope.interventions.edit import Edit
-from headscope.interventions.head_sets import Head, checked_model
+from headscope.interventions.language.head_sets import Head, checked_model
+from headscope.interventions.language.prompts import Reading, blocks_of, copies, heads_of, read_states, samples_of, sites_of
 from headscope.interventions.ops import add, patch
 from headscope.interventions.plan import Plan
-from headscope.interventions.prompts import Reading, blocks_of, copies, heads_of, read_states, samples_of, sites_of
 from headscope.interventions.select import select
 from headscope.kernels.errors import InputError, SelectionError
 from headscope.probe.attribution.head_ranking import HeadRanking

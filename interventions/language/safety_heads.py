@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headscope.interventions.head_sets import Head, Removal, checked_model, last_block, removal_of, without_heads
-from headscope.interventions.prompts import Inputs, Prompts, divergence, heads_of, samples_of, sites_of
+from headscope.interventions.language.head_sets import Head, Removal, checked_model, last_block, removal_of, without_heads
+from headscope.interventions.language.prompts import Inputs, Prompts, divergence, heads_of, samples_of, sites_of
 from headscope.kernels.errors import InputError
 from headscope.probe.attribution.head_ranking import HeadRanking
 from headscope.probe.call import AttentionSite

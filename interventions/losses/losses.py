@@ -9,8 +9,8 @@
         base(**sentences)
     loss(run, other, reference).total.backward()
 
-It holds no state and no optimiser. The terms: `headscope.interventions.loss_terms`; those with maps that people made:
-`headscope.interventions.alignment`. Source of the combination: UGID, arXiv 2603.19144.
+It holds no state and no optimiser. The terms: `headscope.interventions.losses.loss_terms`; those with maps that people made:
+`headscope.interventions.losses.alignment`. Source of the combination: UGID, arXiv 2603.19144.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headscope.interventions.alignment import (
+from headscope.interventions.losses.alignment import (
     map_correlation,
     patch_map,
     ranking_hinge,
@@ -30,8 +30,8 @@ from headscope.interventions.alignment import (
     scanpath_saliency,
     token_map,
 )
-from headscope.interventions.kept_run import Place, Run, keep_run
-from headscope.interventions.loss_terms import (
+from headscope.interventions.losses.kept_run import Place, Run, keep_run
+from headscope.interventions.losses.loss_terms import (
     Ids,
     check_finite,
     edge_distance,

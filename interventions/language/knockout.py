@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from headscope.interventions.edit import Edit
-from headscope.interventions.head_sets import checked_model
+from headscope.interventions.language.head_sets import checked_model
+from headscope.interventions.language.prompts import copies, last_logits, samples_of, sites_of
 from headscope.interventions.ops import mask
 from headscope.interventions.plan import Plan
-from headscope.interventions.prompts import copies, last_logits, samples_of, sites_of
 from headscope.interventions.select import IndicesLike, Role, Span, select
 from headscope.kernels.errors import HeadscopeError, InputError, SelectionError
 from headscope.probe.attribution.interval import Interval, bootstrap

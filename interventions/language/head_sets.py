@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from headscope.interventions.edit import Edit
+from headscope.interventions.language.prompts import Inputs, Reading, blocks_of, copies, last_logits, last_token, read_states, sites_of
 from headscope.interventions.ops import Op, assign, scale
 from headscope.interventions.plan import Plan
-from headscope.interventions.prompts import Inputs, Reading, blocks_of, copies, last_logits, last_token, read_states, sites_of
 from headscope.interventions.select import select
 from headscope.kernels.errors import EditError, InputError
 from headscope.probe.call import AttentionSite

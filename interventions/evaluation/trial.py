@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from headscope.interventions.activation import Activation
-from headscope.interventions.changes import Price, Result
 from headscope.interventions.cost import measure_cost
-from headscope.interventions.examples import Case, Example
-from headscope.interventions.metrics import Metric, Outcome, accuracy, kl, perplexity
+from headscope.interventions.evaluation.changes import Price, Result
+from headscope.interventions.evaluation.examples import Case, Example
+from headscope.interventions.evaluation.metrics import Metric, Outcome, accuracy, kl, perplexity
 from headscope.interventions.plan import Plan, switched_on
 from headscope.interventions.roles import Roles
 from headscope.interventions.spans import locate

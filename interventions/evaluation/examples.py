@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headscope.interventions.prompts import samples_of
+from headscope.interventions.language.prompts import samples_of
 from headscope.kernels.errors import InputError
 from headscope.probe.attribution.target import id_named
 from headscope.probe.models import tokenize

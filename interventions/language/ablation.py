@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from headscope.interventions.edit import Edit
-from headscope.interventions.head_sets import Removal, mean_outputs
+from headscope.interventions.language.head_sets import Removal, mean_outputs
+from headscope.interventions.language.prompts import Prompts, samples_of, sites_of
 from headscope.interventions.ops import patch
 from headscope.interventions.plan import Plan
-from headscope.interventions.prompts import Prompts, samples_of, sites_of
 from headscope.interventions.select import select
 from headscope.kernels.errors import InputError, SelectionError
 from headscope.probe.call import AttentionSite

@@ -12,14 +12,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headscope.interventions.changes import Change, Price, Result
 from headscope.interventions.cost import EditCost, PlanCost, SiteCost
+from headscope.interventions.evaluation.changes import Change, Price, Result
 from headscope.kernels.errors import StoreError
 from headscope.probe.attribution.interval import Interval
 from headscope.probe.whole_file import write_whole
 
 if TYPE_CHECKING:
-    from headscope.interventions.evaluation import Evaluation
+    from headscope.interventions.evaluation.evaluation import Evaluation
 
 SCHEMA = "headscope.evaluation/v1"
 KEYS = ("schema", "info", "edits", "hits", "benign", "effect", "side_effects", "price", "results")

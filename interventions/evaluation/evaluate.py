@@ -16,15 +16,15 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from headscope.interventions import recipe
-from headscope.interventions.changes import Price, Result, change_of
-from headscope.interventions.evaluation import Evaluation
-from headscope.interventions.evaluation_file import decode_price, decode_result, encode_price, encode_result
-from headscope.interventions.evaluation_log import EvaluationLog
-from headscope.interventions.examples import Case, Example, as_examples, case_of, digest
-from headscope.interventions.metrics import Given, Metric, as_metrics
+from headscope.interventions.evaluation.changes import Price, Result, change_of
+from headscope.interventions.evaluation.evaluation import Evaluation
+from headscope.interventions.evaluation.evaluation_file import decode_price, decode_result, encode_price, encode_result
+from headscope.interventions.evaluation.evaluation_log import EvaluationLog
+from headscope.interventions.evaluation.examples import Case, Example, as_examples, case_of, digest
+from headscope.interventions.evaluation.metrics import Given, Metric, as_metrics
+from headscope.interventions.evaluation.trial import Trial
 from headscope.interventions.plan import Plan
 from headscope.interventions.roles import Roles
-from headscope.interventions.trial import Trial
 from headscope.kernels.errors import HeadscopeError, InputError, RecipeError, SelectionError
 from headscope.probe.interception.intercept import check_model
 from headscope.probe.models import model_fingerprint

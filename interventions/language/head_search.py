@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from headscope.interventions.edit import Edit
-from headscope.interventions.head_sets import STAGE_OF, Head, Removal, checked_model, last_block, removal_of, without_heads
+from headscope.interventions.language.head_sets import STAGE_OF, Head, Removal, checked_model, last_block, removal_of, without_heads
+from headscope.interventions.language.prompts import Inputs, Prompts, divergence, last_logits, last_token, samples_of, sites_of
+from headscope.interventions.language.safety_heads import Progress, angle, check_space, span_of
 from headscope.interventions.ops import call
 from headscope.interventions.plan import Plan
-from headscope.interventions.prompts import Inputs, Prompts, divergence, last_logits, last_token, samples_of, sites_of
-from headscope.interventions.safety_heads import Progress, angle, check_space, span_of
 from headscope.interventions.select import select
 from headscope.kernels.errors import HeadscopeError, InputError
 from headscope.probe.call import AttentionCall, AttentionSite

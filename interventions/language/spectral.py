@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from headscope.interventions.edit import Edit
-from headscope.interventions.head_sets import checked_model
+from headscope.interventions.language.head_sets import checked_model
+from headscope.interventions.language.prompts import Prompts, blocks_of, read_tokens, samples_of, sites_of
 from headscope.interventions.plan import Plan
-from headscope.interventions.prompts import Prompts, blocks_of, read_tokens, samples_of, sites_of
 from headscope.interventions.select import select
 from headscope.interventions.subspace import project
 from headscope.kernels.errors import HeadscopeError, InputError, SelectionError

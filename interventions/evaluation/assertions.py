@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from headscope.interventions.evaluation import Evaluation
+from headscope.interventions.evaluation.evaluation import Evaluation
 from headscope.kernels.errors import InputError
 
 RELATIONS: dict[str, Callable[[float, float], bool]] = {

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from headscope.interventions.edit import Edit
-from headscope.interventions.head_sets import checked_model
+from headscope.interventions.language.head_sets import checked_model
+from headscope.interventions.language.prompts import Prompts, heads_of, read_tokens, samples_of, sites_of
 from headscope.interventions.ops import add
 from headscope.interventions.plan import Plan
-from headscope.interventions.prompts import Prompts, heads_of, read_tokens, samples_of, sites_of
 from headscope.interventions.select import IndicesLike, Role, Span, select
 from headscope.kernels.errors import HeadscopeError, InputError
 from headscope.probe.attribution.question import needs

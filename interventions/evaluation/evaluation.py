@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headscope.interventions import evaluation_file
-from headscope.interventions.changes import Change, Price, Result, cells
+from headscope.interventions.evaluation import evaluation_file
+from headscope.interventions.evaluation.changes import Change, Price, Result, cells
 from headscope.kernels.errors import HeadscopeError, SelectionError
 from headscope.probe.visible import markup, visible
 
