@@ -53,6 +53,7 @@ def results() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_everything_and_keeps_finished_cells(quick: Path, results: dict[str, Any]) -> None:
     found = json.loads((quick / "results.json").read_text(encoding="utf-8"))
     assert found["digits"]["deleted"] == results["digits"]["deleted"]
@@ -63,6 +64,7 @@ def test_a_quick_run_writes_everything_and_keeps_finished_cells(quick: Path, res
     assert not (quick / "cells.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_quick_run_does_not_replace_the_results() -> None:
     done = subprocess.run([sys.executable, STUDY / "run.py", "--quick"], capture_output=True, text=True, timeout=110)
     assert done.returncode == 2

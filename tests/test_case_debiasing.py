@@ -38,6 +38,7 @@ def sentences() -> ModuleType:
 
 
 @pytest.mark.skipif(not (ROOT / "probe/embedded/lm/model.safetensors").exists(), reason="embedded:lm has no weights yet: make train")
+@pytest.mark.slow
 def test_a_quick_run_writes_every_arm(tmp_path: Path) -> None:
     run("--quick", "--out", tmp_path)
     report: dict[str, Any] = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))

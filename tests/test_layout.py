@@ -33,10 +33,9 @@ PUBLIC = {
         "measure_health", "rank_heads", *ERRORS,
     },
     "interventions": {
-        "Edit", "Evaluation", "Gate", "Plan", "PlanDifference", "Prompted", "Role", "SafeRoPE", "Selector", "Span",
-        "add", "assign", "band", "bias",
-        "call", "evaluate", "find_roles", "freeze", "gates", "grid", "inject", "mask", "mix", "noise", "patch", "phase", "project", "renorm",
-        "reposition", "role", "rotate", "scale", "select", "separate", "sinkhorn", "span", "warp",
+        "Edit", "Evaluation", "Gate", "Plan", "PlanDifference", "Prompted", "Role", "SafeRoPE", "Selector", "Span", "add", "assign",
+        "band", "bias", "call", "evaluate", "find_roles", "freeze", "gates", "grid", "inject", "mask", "mix", "noise", "patch", "phase",
+        "project", "renorm", "reposition", "role", "rotate", "scale", "select", "separate", "sinkhorn", "span", "warp",
     },
     "app": {"build_report"},
 }  # fmt: skip
