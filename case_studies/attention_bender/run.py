@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what studies share
+
 from conditions import MOTIONS, SPATIAL, Condition, conditions, correlation, interval, measure, moved
 from figures import Row, write_figure
 from log import Log

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what studies share
+
 from arms import ARMS, LAYERS, RANDOM, debias, random_direction
 from figure import draw
 from log import Log

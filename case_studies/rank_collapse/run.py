@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what studies share
+
 from decay import measure_cubic, measure_decay, measure_leading_term, measure_uniform_causal
 from decay import variants as decay_variants
 from digits import Training, name_of, train

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what studies share
+
 from judge import Judge
 from log import Log
 from pictures import draw_samples
@@ -218,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
         "still": study.cell("strength 0", settings.unsafe, 0, lambda: study.still(settings.unsafe, 0)),
         "judge": study.judge.held_out_accuracy,
         "made": {
-            "model": MODEL, "fingerprint": study.fingerprint, "settings": asdict(settings), "seconds": round(log.seconds, 1),
+            "model": MODEL, "fingerprint": study.fingerprint, "settings": asdict(settings), "seconds": round(log.seconds(), 1),
             "torch": torch.__version__, "python": platform.python_version(), "threads": args.threads, "cores": os.cpu_count(),
         },
     }  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "rank_collapse"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what studies share
 
 from chart import Line, Panel, draw
 from log import Log

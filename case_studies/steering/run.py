@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "rank_collapse"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what studies share
 
 from chart import Line, Panel, draw
 from log import Log

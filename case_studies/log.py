@@ -1,4 +1,4 @@
-"""Finished cells of the study, one JSON line each, so that a run that was cut off goes on where it stood."""
+"""Finished cells of a study, one JSON line each, so that a run that was cut off goes on where it stood."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        for line in lines:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
@@ -39,7 +40,6 @@ class Log:
             sys.stderr.write(f"{self.rows[name]['seconds']:.1f} s\n")
         return self.rows[name]["found"]
 
-    @property
-    def seconds(self) -> float:
-        """What all cells took, this time and before it was cut off."""
-        return sum(row["seconds"] for row in self.rows.values())
+    def seconds(self, part: str | None = None) -> float:
+        """What the cells of a part took, those whose name begins with it and a colon, or all; this time and before it was cut off."""
+        return sum(row["seconds"] for name, row in self.rows.items() if part is None or name.startswith(f"{part}:"))
