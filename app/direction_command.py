@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from headscope.app.case import Case
+from headscope.app.edit_files import check_folder
 from headscope.app.escape import visible
 from headscope.app.heads_command import told
 from headscope.app.printing import listed, print_json, print_table
@@ -27,12 +30,18 @@ def run_edit_direction(arguments: argparse.Namespace) -> int:
     positions = [-place for place in listed(arguments.positions, "--positions")]
     if 0 in positions:
         raise InputError(f"--positions {arguments.positions!r}: the last token is 1")
+    if arguments.add is not None and not math.isfinite(arguments.add):
+        raise InputError(f"--add {arguments.add}: give a finite number")
+    check_folder("--save", arguments.save)
     if not 0 < arguments.held_out < 1:
         raise InputError(f"--held-out {arguments.held_out}: give a share between 0 and 1")
     files = [read_prompts(Path(path)) for path in (arguments.positive, arguments.negative)]
     print(f"loading {visible(arguments.model)} …", file=sys.stderr, flush=True)
     options = {option: getattr(arguments, option) for option in ("device", "dtype", "task", "revision")}
     model, processor = load(arguments.model, **options)
+    for glob in arguments.also:
+        if not any(fnmatchcase(name, glob) for name, _ in model.named_modules()):
+            raise InputError(f"--also {glob!r}: {arguments.model} has no such module; '*.mlp' names all that end so")
     found, held = [], []
     for file in files:
         rows = [inputs_of(prompt, model, processor) for prompt in file.rows]
@@ -49,6 +58,8 @@ def run_edit_direction(arguments: argparse.Namespace) -> int:
             also=arguments.also, progress=told,
         )  # fmt: skip
     direction = _taken(arguments, directions, choice)
+    if not direction.vector.any():
+        raise InputError("the two sets of prompts have the same mean there, so there is no direction between them: give other prompts")
     plan = direction.ablate(arguments.also) if arguments.add is None else direction.add(arguments.add)
     if arguments.save is not None:
         plan.save(arguments.save, model=model)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from headscope.app.case import Case, case_of, held_out_digit
+from headscope.app.edit_files import check_folder
 from headscope.app.edit_printing import print_evaluation, print_plan, print_verdicts
 from headscope.app.escape import visible
 from headscope.app.outcome import answer, compare
@@ -70,11 +71,14 @@ def run_edit_run(arguments: argparse.Namespace) -> int:
     _alone(arguments, "run")
     if arguments.repeats < 0 or (arguments.examples is not None and arguments.examples < 1):
         raise InputError("--repeats is 0 or more, --examples 1 or more")
+    for option, file in (("--save", arguments.save), ("--log", arguments.log)):
+        check_folder(option, file)
     claims = _claims(arguments)
     metrics = _metrics(arguments, claims)
     data, benign = (None if path is None else read_examples(path) for path in (arguments.data, arguments.benign))
     _check_claims(claims, [*(data or []), *(benign or [])], benign is not None)
-    _recipe(arguments.recipe)  # what is wrong with it alone is said before a model is loaded
+    alone = _recipe(arguments.recipe)  # what is wrong with it alone is said before a model is loaded
+    _check_roles(alone, [*(data or []), *(benign or [])])
     named = _load(arguments)
     plan = _recipe(arguments.recipe, named.model, arguments.force)
     examples = [None if rows is None else [_with_digit(row, named) for row in rows] for rows in (data, benign)]
@@ -101,11 +105,16 @@ def run_edit_show(arguments: argparse.Namespace) -> int:
     _alone(arguments, "show", "text", "text_file", "image")
     if arguments.repeats < 1:
         raise InputError(f"--repeats {arguments.repeats}: time at least 1 forward")
-    _recipe(arguments.recipe)
+    alone = _recipe(arguments.recipe)
+    if arguments.model is not None and (roles := _roles(alone)):
+        raise InputError(
+            f"the recipe edits tokens by role ({', '.join(roles)}), which the command line cannot find in a text: "
+            "leave --model out to see the edits, or use plan.cost(model, roles=...) from Python"
+        )
     if arguments.model is None:
         if given := [name for name in ("text", "text_file", "image") if getattr(arguments, name) is not None]:
             raise InputError(f"--{given[0].replace('_', '-')} is what a model reads: give --model too")
-        plan, cost, case = _recipe(arguments.recipe), None, None
+        plan, cost, case = alone, None, None
     else:
         case = case_of(argparse.Namespace(**{**vars(arguments), "command": "edit show"}))
         plan = _recipe(arguments.recipe, case.model, arguments.force)
@@ -186,6 +195,21 @@ def _check_claims(claims: Sequence[Assertion], examples: Sequence[Example], apar
         needs = NAMED[claim.metric]().needs
         if claim.benign and any(all(getattr(one, need) is None for one in beside) for need in needs):
             raise InputError(f"assertion {str(claim)!r}: no benign example has {' and '.join(needs)}, which {claim.metric} needs")
+
+
+def _roles(plan: Plan) -> list[str]:
+    return sorted({role.name for edit in plan for role in edit.selector.roles()})
+
+
+def _check_roles(plan: Plan, examples: Sequence[Example]) -> None:
+    """Raise for an example that does not say which of its tokens have a role that the plan names."""
+    for example in examples:
+        for name in _roles(plan):
+            if name not in (example.roles or {}):
+                raise InputError(
+                    f"{example.name} does not say which tokens have the role {name!r}, which the recipe edits: "
+                    f'add positions, such as "roles": {{"{name}": [3, 4]}}'
+                )
 
 
 def _recipe(path: str, model: nn.Module | None = None, force: bool = False) -> Plan:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from headscope.app.case import Case
+from headscope.app.edit_files import check_folder
 from headscope.app.escape import visible
 from headscope.app.printing import print_json, print_table
 from headscope.app.report.prompts import inputs_of, read_prompts
@@ -24,6 +25,7 @@ def run_edit_heads(arguments: argparse.Namespace) -> int:
     for name in ("count", "top", "batch"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} {getattr(arguments, name)}: give 1 or more")
+    check_folder("--save", arguments.save)
     prompts = read_prompts(Path(arguments.data)).first(arguments.examples)
     print(f"loading {visible(arguments.model)} …", file=sys.stderr, flush=True)
     options = {option: getattr(arguments, option) for option in ("device", "dtype", "task", "revision")}

@@ -40,7 +40,8 @@ def add_command(
 def add_model(parser: argparse.ArgumentParser, default: str | None = "embedded:lm") -> None:
     """The options that say which model."""
     told = "" if default is None else f" (default {default})"
-    parser.add_argument("--model", default=default, metavar="NAME", help=f"embedded:lm, embedded:vit, a folder, or a hub id{told}")
+    names = f"embedded:lm, embedded:vit, embedded:mmdit, a folder, or a hub id{told}"
+    parser.add_argument("--model", default=default, metavar="NAME", help=names)
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--task", help="the head on top, where the saved one is not wanted, such as causal-lm")
     parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from headscope.app.case import Case
+from headscope.app.edit_files import check_folder
 from headscope.app.escape import visible
 from headscope.app.printing import print_json, print_table
 from headscope.interventions import Plan, Prompted, SafeRoPE, span
@@ -57,6 +58,8 @@ def run_edit_saferope(arguments: argparse.Namespace) -> int:
     """Fit, print, write."""
     if arguments.steps < 1:
         raise InputError(f"--steps {arguments.steps}: give 1 or more; without learning there are --kind half-turn and --kind project")
+    for option, file in (("--save", arguments.save), ("--recipe", arguments.recipe)):
+        check_folder(option, file)
     files = [read_lines(Path(path), option) for path, option in ((arguments.unsafe, "--unsafe"), (arguments.safe, "--safe"))]
     print(f"loading {visible(arguments.model)} …", file=sys.stderr, flush=True)
     options = {option: getattr(arguments, option) for option in ("device", "dtype", "task", "revision")}

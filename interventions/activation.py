@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from headscope.interventions.edit import Edit, Step, change, lower, schedule
 from headscope.interventions.injection import Inject
-from headscope.interventions.ops import Mask
+from headscope.interventions.ops import Mask, Scale
 from headscope.interventions.region import Region, SpanPositions, find_region, takes
 from headscope.kernels.errors import ClosedError, EditError, SelectionError
 from headscope.probe.call import OUTSIDE, AttentionCall, AttentionSite, Extension
@@ -43,7 +43,7 @@ class Activation:
     Attributes:
         plan: whose activation it is.
         edits: the plan's edits.
-        hits: how many calls each edit changed something in.
+        hits: how many calls each edit changed something in; the second run of a checkpoint is not counted.
         sites: the sites that were run, by name.
         outside: those of the stages outside the door at which something is changed.
     """
@@ -60,6 +60,7 @@ class Activation:
         self._longest = [0, 0, 0]  # step, queries, keys
         self._assumed: dict[str, tuple[Edit, int]] = {}  # site name -> a positional edit before RoPE, cached keys it reckoned with
         self._began: dict[str, tuple[Edit, int]] = {}  # site name -> an edit of what the cache will hold, keys it made at the first call
+        self._written: dict[str, ReferenceType[AttentionCall]] = {}  # o and attn_out: the call that was last changed there
         self._reached: set[tuple[str, str]] = set()  # site name, stage
         self._places: dict[str, AttentionSite] = {}  # blocks and modules outside the door
         self._spans = spans
@@ -82,6 +83,8 @@ class Activation:
         self._reached.add((call.site.name, stage))
         if stage in OUTSIDE:
             self._places[call.site.name] = call.site
+        if stage in ("o", "attn_out"):
+            self._refuse_second_map(call, stage)
         for step in self._scheduled(call.site).steps:
             if step.stage != stage:
                 continue
@@ -95,9 +98,22 @@ class Activation:
                 continue
             if step.edit.op.overwrites:
                 self._refuse_conflicts(step.edit, region, call, stage)
-            self.hits[step.index] += 1
+            self.hits[step.index] += not call.recomputed
             value = change(step.edit, stage, value, call, region)
         return value
+
+    def _refuse_second_map(self, call: AttentionCall, stage: str) -> None:
+        """Raise for a second output map beside the first, unless to edit both is to edit their sum."""
+        before = self._written.get(stage)
+        here = [step.edit for step in self._scheduled(call.site).steps if step.stage == stage]
+        other = next((edit for edit in here if not (isinstance(edit.op, Scale) and isinstance(edit.gate, float))), None)
+        if other is not None and before is not None and before() is call:
+            raise EditError(
+                f"({other}): {call.site.name} has several output maps side by side, as an adapter such as LoRA makes them, and what they "
+                f"write is their sum: merge the adapter first (merge_and_unload()), or edit z, or what the module returns with "
+                f"stage out and sites='*{(call.site.output_projection or 'o_proj').removesuffix('.base_layer').rpartition('.')[2]}'"
+            )
+        self._written[stage] = ref(call)
 
     def extend(self, call: AttentionCall) -> list[Extension]:
         """Keys and values to put in front of those of a call."""
@@ -105,7 +121,7 @@ class Activation:
         found = []
         for step in self._scheduled(call.site).steps:
             if step.stage == "kv" and isinstance(step.edit.op, Inject) and takes(step.edit.selector, call, call.k, "kv"):
-                self.hits[step.index] += 1
+                self.hits[step.index] += not call.recomputed
                 found.append(step.edit.op.extension(call, step.edit.selector))
         return found
 

@@ -337,6 +337,6 @@ def _broadcasts(amount: Tensor, value: Tensor, call: AttentionCall, stage: str) 
 def _spoken(value: object) -> str:
     if isinstance(value, Tensor):
         return f"tensor {list(value.shape)}"
-    if isinstance(value, (float, str)):
+    if isinstance(value, (bool, int, float, str)) or value is None:
         return repr(value)
     return getattr(value, "__name__", type(value).__name__)

@@ -113,9 +113,13 @@ def from_dict(document: object, folder: Path | None = None) -> list[Edit]:
     Raises:
         RecipeError: what is wrong, and with which edit.
     """
+    if document is None:
+        raise RecipeError(f"the recipe is empty: it is a mapping with the keys {', '.join(KEYS)}, and begins with schema: {SCHEMA}")
     if not isinstance(document, Mapping):
         raise RecipeError(f"a recipe is a mapping with the keys {', '.join(KEYS)}; this is {_kind(document)}")
     _known(document, KEYS, "key")
+    if "schema" not in document:
+        raise RecipeError(f"schema is missing: the recipe begins with the line schema: {SCHEMA}")
     if document.get("schema") != SCHEMA:
         raise RecipeError(f"schema is {document.get('schema')!r}: this version reads {SCHEMA!r}")
     _model(document)
@@ -196,7 +200,8 @@ def _decode(entry: object, tensors: Mapping[str, Tensor]) -> Edit:
             raise RecipeError(f"{key} is {_kind(entry.get(key))}: every edit names its stage and op")
     name = entry["op"]
     if name not in OPS:
-        raise RecipeError(f"unknown op {name!r}: the ops are {', '.join(OPS)}")
+        hint = "assign is written set" if name == "assign" else f"the ops are {', '.join(OPS)}"
+        raise RecipeError(f"unknown op {name!r}: {hint}")
     if (name in VALUELESS) == ("value" in entry):
         raise RecipeError(f"{name} takes no value" if name in VALUELESS else f"{name} needs a value")
     given = entry.get("gate", 1.0)

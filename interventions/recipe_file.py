@@ -41,6 +41,14 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """In double quotes where there is one of Unicode's own line breaks: in single ones U+0085 is read back as a space."""
+        if any(sign in data for sign in "\x85\u2028\u2029"):
+            return self.represent_scalar("tag:yaml.org,2002:str", data, style='"')
+        return super().represent_str(data)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 # YAML 1.1 reads 1e-4 as text; a person who writes it means the number. The dumper has to know, to quote text that looks so.
 for _kind in (_Loader, _Dumper):

@@ -52,6 +52,8 @@ def checked(
         if not examples:
             raise InputError(f"the {name} set is empty: give at least one Prompted(inputs, subject)")
         for number, example in enumerate(examples):
+            if not isinstance(example, Prompted):
+                raise InputError(f"{name}[{number}] is {type(example).__name__}: give Prompted(inputs, subject)")
             sizes = {value.shape[0] for value in example.inputs.values() if isinstance(value, Tensor) and value.ndim > 1}
             if example.samples not in sizes and sizes:
                 raise InputError(

@@ -29,7 +29,7 @@ class Separation:
 
 def check_rank(rank: int, width: int) -> None:
     """Raise EditError unless heads of a width have subspaces of that rank."""
-    if not 1 <= rank <= width:
+    if not isinstance(rank, int) or not 1 <= rank <= width:
         raise EditError(f"rank {rank}: the heads are {width} wide, so give 1 to {width}")
 
 

@@ -66,11 +66,12 @@ def _hook(session: Session, handler: Handler, path: str, stage: str, steps: Coun
         site = known[0]
         if stage not in handler.stages(site):
             return None
-        steps[f"{stage} {path}"] += not recomputing()
+        again = recomputing()  # the module was counted in the first forward
+        steps[f"{stage} {path}"] += not again
         streams = _streams(output, path, stage)
         joined = streams[0] if len(streams) == 1 else torch.cat(streams, dim=-2)
         value = joined[(None,) * (3 - joined.ndim)][:, None]  # [B, 1, S, E]
-        call = AttentionCall(site, steps[f"{stage} {path}"] - 1, value, value, None, timestep=session.timestep)
+        call = AttentionCall(site, steps[f"{stage} {path}"] - 1, value, value, None, timestep=session.timestep, recomputed=again)
         with session.watch.aside():
             changed = handler.change(call, stage, value)
         if changed is value:

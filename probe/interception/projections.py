@@ -104,8 +104,9 @@ def _hook(session: Session, handler: Handler, site: AttentionSite, stage: str, p
             batched = output if output.ndim == 3 else output[None]
             value = batched.view(*batched.shape[:2], count, -1).transpose(1, 2)  # [B, H, S, D]
         entry = next(e for e in session.entries if e.handler is handler)
-        step = session.steps[known.name] - entry.base[known.name]
-        call = AttentionCall(known, step, value, value, None, timestep=session.timestep, part=part)
+        again = recomputing()  # the site was counted in the first forward
+        step = session.steps[known.name] - entry.base[known.name] - again
+        call = AttentionCall(known, step, value, value, None, timestep=session.timestep, part=part, recomputed=again)
         with session.watch.aside():
             changed = handler.change(call, stage, value)
         if changed is value:

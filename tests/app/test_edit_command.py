@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from headscope.app.cli import main
-from headscope.interventions import Edit, Plan, scale, select, span
+from headscope.interventions import Edit, Plan, bias, role, scale, select, span
 from headscope.interventions.evaluation.evaluate import evaluate
 from headscope.interventions.evaluation.evaluation import Evaluation
 from headscope.interventions.evaluation.metrics import NAMED
@@ -262,7 +262,7 @@ def test_refusals_are_generated_and_told_by_ones_own_phrases(tiny: Path, recipe:
         (["--metric", "accuracy", "--repeats", "-1"], "--repeats is 0 or more"),
         (["--metric", "logit-difference"], "data.jsonl line 2 (example 'b') has no against, which logit-difference needs"),
         (["--metric", "accuracy", "--benign", "nowhere.jsonl"], "'nowhere.jsonl' cannot be read"),
-        (["--metric", "accuracy", "--save", "nowhere/x.json"], "cannot be written"),
+        (["--metric", "accuracy", "--save", "nowhere/x.json"], "no such folder"),
     ],
 )
 def test_what_cannot_be_run_is_one_line(arguments: list[str], reason: str, tiny: Path, recipe: Path, data: Path, capsys: Shell) -> None:
@@ -395,3 +395,18 @@ def test_every_command_has_help_with_an_example_and_json(command: str, capsys: S
     text = said(capsys, command, "--help")
     assert f"example: headscope edit {command}" in text
     assert "--json" in text
+
+
+def test_a_recipe_about_roles_needs_examples_that_say_them(tiny: Path, tmp_path: Path, capsys: Shell) -> None:
+    named = Plan([Edit("scores", bias(-1.0), select(keys=role("subject")))]).save(tmp_path / "roles.yaml")
+    data = tmp_path / "roles.jsonl"
+    data.write_text('{"text": "hello", "roles": {"subject": [1, 2]}}\n')
+    assert "changed something in 1 of 1 examples" in said(
+        capsys, "run", named, "--data", data, "--model", tiny, "--metric", "kl", "--repeats", 0
+    )
+    data.write_text('{"text": "hello"}\n')
+    line = refused(capsys, "run", named, "--data", data, "--model", tiny, "--metric", "kl")
+    assert "roles.jsonl line 1" in line
+    assert 'add positions, such as "roles": {"subject": [3, 4]}' in line
+    assert "keys role subject" in said(capsys, "show", named)
+    assert "by role (subject), which the command line cannot find" in refused(capsys, "show", named, "--model", tiny)

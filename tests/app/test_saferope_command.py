@@ -93,6 +93,8 @@ def test_what_cannot_be_asked_is_refused_in_one_line(files: list[str], tmp_path:
         "absent.jsonl' cannot be read": [*files[:2], "--safe", "absent.jsonl"],
         "strange.jsonl, line 1: there is no 'c' in the text": [*files[:2], "--safe", str(strange)],
         "--role text: embedded:lm reads one sequence": [*files, "--role", "text"],
+        "absent/found.safetensors': there is no such folder": [*files, "--save", str(tmp_path / "absent" / "found.safetensors")],
+        "absent/recipe.yaml': there is no such folder": [*files, "--recipe", str(tmp_path / "absent" / "recipe.yaml")],
         "are the same prompt: the two sets must not overlap": [*files[:2], "--safe", files[1]],
     }
     for says, arguments in refused.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from headscope.interventions import Edit, Plan, add, inject, mask, project, scale, select
+from headscope.interventions import Edit, Plan, add, call, inject, mask, project, scale, select
 from headscope.kernels.errors import EditError, SelectionError, ShapeError
 from headscope.probe import Keep, Probe
 
@@ -226,3 +228,48 @@ def test_a_plan_that_changes_keys_before_rotation_cannot_begin_in_the_middle_of_
             cache = model(IDS[:, :5], use_cache=True).past_key_values
             last = model(IDS[:, 5:6], past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(last, logits(model, plan, input_ids=IDS[:, :6])[:, 5:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft asks for it
+def test_what_attention_writes_through_an_adapter_beside_the_output_map_is_refused_or_right(model: LlamaForCausalLM) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)).eval()
+    paths = [f"base_model.model.model.layers.{layer}.self_attn.o_proj" for layer in range(LAYERS)]
+    before = logits(adapted)
+    wide = torch.randn(HEADS * WIDTH)
+    refused = [("attn_out", add(1.0)), ("attn_out", project(wide)), ("attn_out", call(lambda x, _: x * x.tanh())), ("o", add(0.1))]
+    for stage, op in refused:
+        with pytest.raises(EditError, match=r"layers.0.self_attn#0 has several output maps side by side.*sites='\*o_proj'"):
+            logits(adapted, Plan([Edit(stage, op)]))
+    halved = logits(adapted, Plan([Edit("attn_out", scale(0.5))]))
+    torch.testing.assert_close(halved, hooked(adapted, paths, lambda x: 0.5 * x))
+    steered = logits(adapted, Plan([Edit("out", add(wide), select("*o_proj"))]))  # what the message advises
+    torch.testing.assert_close(steered, hooked(adapted, paths, lambda x: x + wide))
+    assert torch.equal(logits(adapted), before)
+    merged = adapted.merge_and_unload()
+    found = logits(merged, Plan([Edit("attn_out", add(wide))]))
+    torch.testing.assert_close(found, steered, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+def test_the_second_forward_of_a_checkpoint_is_edited_but_not_counted(model: LlamaForCausalLM) -> None:
+    edits = [
+        Edit("resid", scale(0.5), select(steps=0)),
+        Edit("attn_out", call(lambda x, _: x * x.tanh()), select(steps=0)),
+        Edit("out", call(lambda x, _: x * x.tanh()), select("*.mlp", steps=0)),
+        Edit("z", scale(0.5), select(steps=0)),
+        Edit("q.pre", scale(0.5), select(steps=0)),
+    ]
+    gradients = []
+    for checkpointed in (False, True):
+        trained = copy.deepcopy(model).train()
+        if checkpointed:
+            trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with Plan(edits).on(trained) as on:
+            trained(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        assert dict(on.hits) == dict.fromkeys(range(len(edits)), LAYERS)
+        gradients.append([parameter.grad for parameter in trained.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)

@@ -371,6 +371,8 @@ def refusals(flow: Any) -> dict[str, tuple[Any, type[Exception], str]]:
         "subject not there": ((bad, [replace(tail, subject=[[8]] * 12)], {}), InputError, "subject token 8 of sample 0: .* 8 tokens"),
         "rank above width": ((bad, good, {"rank": 17}), EditError, "rank 17: the heads are 16 wide, so give 1 to 16"),
         "rank zero": ((bad, good, {"rank": 0}), EditError, "rank 0: the heads are 16 wide"),
+        "rank of a half": ((bad, good, {"rank": 1.5}), EditError, "rank 1.5: the heads are 16 wide"),
+        "plain texts": ((["guns"], good, {}), InputError, r"unsafe\[0\] is str: give Prompted\(inputs, subject\)"),
         "too few tokens": (([drawn(flow, ["eight plain"], 0)], good, {}), InputError, "1 unsafe subject tokens for rank 2: give more"),
         "no head": ((bad, good, {"least_gap": 1.5}), EditError, "no head tells the two sets apart by 1.5: the best by"),
         "no heads wanted": ((bad, good, {"most_heads": 0}), InputError, "most_heads=0: give 1 or more"),
