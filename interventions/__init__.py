@@ -18,11 +18,12 @@ from headscope.interventions.mixing import mix, noise
 from headscope.interventions.normaliser import sinkhorn
 from headscope.interventions.ops import add, assign, bias, call, freeze, mask, patch, renorm, scale
 from headscope.interventions.plan import Plan
+from headscope.interventions.positions import Role, Span, grid, role, span
 from headscope.interventions.roles import find_roles
 from headscope.interventions.rotary import band, phase, reposition
 from headscope.interventions.saferope.examples import Prompted
 from headscope.interventions.saferope.saferope import SafeRoPE
-from headscope.interventions.select import Role, Selector, Span, grid, role, select, span
+from headscope.interventions.select import Selector, select
 from headscope.interventions.separation import separate
 from headscope.interventions.subspace import project, rotate
 from headscope.interventions.warping import warp

@@ -22,9 +22,9 @@ from headscope.interventions.activation import Activation, enter, leave, refuse_
 from headscope.interventions.cost import PlanCost, measure_cost
 from headscope.interventions.difference import PlanDifference, difference
 from headscope.interventions.edit import Edit
+from headscope.interventions.positions import Role, Span
 from headscope.interventions.roles import Roles, known_roles
 from headscope.interventions.script import write_script
-from headscope.interventions.select import Role, Span
 from headscope.interventions.spans import Tokenizer, locate
 from headscope.kernels.errors import ClosedError, EditError, RecipeError
 from headscope.probe.call import AttentionCall, AttentionSite, Extension

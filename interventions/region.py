@@ -12,7 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from headscope.interventions.select import Positions, Role, Selector, Span, Stretch
+from headscope.interventions.positions import Positions, Role, Span, Stretch
+from headscope.interventions.select import Selector
 from headscope.kernels.errors import EditError, SelectionError, ShapeError
 from headscope.probe.call import OUTSIDE, AttentionCall, AttentionSite
 

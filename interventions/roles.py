@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from headscope.interventions.select import Role
+from headscope.interventions.positions import Role
 from headscope.kernels.errors import InputError, SelectionError
 from headscope.probe.call import AttentionCall, AttentionSite
 from headscope.probe.interception import intercept

@@ -12,8 +12,9 @@ from headscope.interventions.edit import EVERYTHING, Edit
 from headscope.interventions.gates import Function, Gate
 from headscope.interventions.mixing import Mix
 from headscope.interventions.ops import Call, Op, Patch
+from headscope.interventions.positions import Role, Span, Stretch
 from headscope.interventions.rotary import Reposition
-from headscope.interventions.select import Role, Selector, Span, Stretch
+from headscope.interventions.select import Selector
 from headscope.interventions.separation import Separate
 from headscope.interventions.warping import PLAIN, Warp
 from headscope.kernels.errors import RecipeError

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from headscope.interventions.select import Span
+from headscope.interventions.positions import Span
 from headscope.kernels.errors import SelectionError
 
 UNFINISHED = "\ufffd"  # what decoding gives for a character whose bytes are not all there yet

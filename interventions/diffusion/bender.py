@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from headscope.interventions.edit import Edit
 from headscope.interventions.ops import renorm
 from headscope.interventions.plan import Plan
-from headscope.interventions.select import IndicesLike, Role, Span, select
+from headscope.interventions.positions import Role, Span
+from headscope.interventions.select import IndicesLike, select
 from headscope.interventions.warping import warp
 
 

@@ -19,7 +19,8 @@ from headscope.interventions.edit import Edit
 from headscope.interventions.gates import cosine
 from headscope.interventions.mixing import noise
 from headscope.interventions.plan import Plan
-from headscope.interventions.select import IndicesLike, Role, select
+from headscope.interventions.positions import Role
+from headscope.interventions.select import IndicesLike, select
 from headscope.interventions.source import Kept
 from headscope.kernels.errors import EditError, ShapeError
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from headscope.interventions.positions import Span
 from headscope.interventions.roles import Roles
-from headscope.interventions.select import Selector, Span, select
+from headscope.interventions.select import Selector, select
 from headscope.kernels.errors import HeadscopeError, InputError, SelectionError, ShapeError
 from headscope.probe.call import AttentionCall, AttentionSite
 from headscope.probe.capture import Capture

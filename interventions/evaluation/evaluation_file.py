@@ -5,7 +5,6 @@ NaN and infinity, which JSON cannot say, are written as null: the metric has no 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -16,7 +15,7 @@ from headscope.interventions.cost import EditCost, PlanCost, SiteCost
 from headscope.interventions.evaluation.changes import Change, Price, Result
 from headscope.kernels.errors import StoreError
 from headscope.probe.attribution.interval import Interval
-from headscope.probe.whole_file import write_whole
+from headscope.probe.document import read_document, write_document
 
 if TYPE_CHECKING:
     from headscope.interventions.evaluation.evaluation import Evaluation
@@ -109,7 +108,7 @@ def save(found: Evaluation, path: Path) -> Path:
     Raises:
         StoreError: the folder takes no file.
     """
-    return write_whole(path, (json.dumps(encode(found), allow_nan=False) + "\n").encode("ascii"))
+    return write_document(path, encode(found))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -118,17 +117,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         StoreError: there is none, or it is no evaluation of this version.
     """
-    try:
-        document = json.loads(path.read_bytes().decode("ascii"), parse_constant=_no_number)
-        return decode(document)
-    except UnicodeDecodeError as error:
-        raise StoreError(f"{path} is no evaluation: byte {error.start} is not ASCII") from error
-    except StoreError as error:
-        raise StoreError(f"{path.name}: {error}") from error
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path.name} is no JSON: {error}") from error
+    return read_document(path, "evaluation", decode)
 
 
 SIDES = ("before", "after")
@@ -137,7 +126,3 @@ SIDES = ("before", "after")
 def _change(row: Any) -> dict[str, object]:
     plain = {field.name: getattr(row, field.name) for field in fields(row)}
     return {name: value.to_dict() if isinstance(value, Interval) else value for name, value in plain.items()}
-
-
-def _no_number(text: str) -> object:
-    raise StoreError(f"it holds {text}, which is not a number of JSON")

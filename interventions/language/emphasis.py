@@ -23,7 +23,8 @@ from headscope.interventions.language.head_sets import Head, checked_model
 from headscope.interventions.language.prompts import copies, heads_of, last_logits, samples_of, sites_of
 from headscope.interventions.ops import bias, mask, scale
 from headscope.interventions.plan import Plan
-from headscope.interventions.select import IndicesLike, Role, Span, select
+from headscope.interventions.positions import Role, Span
+from headscope.interventions.select import IndicesLike, select
 from headscope.kernels.errors import EditError, InputError, SelectionError
 from headscope.probe.attribution.head_ranking import HeadRanking
 

@@ -21,7 +21,8 @@ from headscope.interventions.language.head_sets import checked_model
 from headscope.interventions.language.prompts import Prompts, heads_of, read_tokens, samples_of, sites_of
 from headscope.interventions.ops import add
 from headscope.interventions.plan import Plan
-from headscope.interventions.select import IndicesLike, Role, Span, select
+from headscope.interventions.positions import Role, Span
+from headscope.interventions.select import IndicesLike, select
 from headscope.kernels.errors import HeadscopeError, InputError
 from headscope.probe.attribution.question import needs
 from headscope.probe.call import AttentionSite

@@ -19,7 +19,8 @@ from headscope.interventions.language.head_sets import checked_model
 from headscope.interventions.language.prompts import copies, last_logits, samples_of, sites_of
 from headscope.interventions.ops import mask
 from headscope.interventions.plan import Plan
-from headscope.interventions.select import IndicesLike, Role, Span, select
+from headscope.interventions.positions import Role, Span
+from headscope.interventions.select import IndicesLike, select
 from headscope.kernels.errors import HeadscopeError, InputError, SelectionError
 from headscope.probe.attribution.interval import Interval, bootstrap
 

@@ -19,13 +19,13 @@ from headscope.interventions import gates
 from headscope.interventions.edit import Edit
 from headscope.interventions.ops import Op
 from headscope.interventions.plan import Plan
+from headscope.interventions.positions import role as role_named
 from headscope.interventions.roles import Roles, find_roles
 from headscope.interventions.saferope import saved
 from headscope.interventions.saferope.examples import Prompted, checked
 from headscope.interventions.saferope.subspaces import basis_of, check_rank, scores_of, separate
 from headscope.interventions.saferope.tokens import Side, first_inputs, read_tokens
 from headscope.interventions.saferope.training import Schedule, learn, output_of
-from headscope.interventions.select import role as role_named
 from headscope.interventions.select import select
 from headscope.interventions.subspace import project, rotate
 from headscope.kernels.errors import EditError, HeadscopeError, InputError, SelectionError

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from headscope.probe.atlas.composition import KINDS, Composed
 from headscope.probe.atlas.directions import Direction, Pole
 from headscope.probe.atlas.redundancy import DISTANCES, Redundancy
 from headscope.probe.call import AttentionSite
-from headscope.probe.whole_file import write_whole
+from headscope.probe.document import read_document, write_document
 
 if TYPE_CHECKING:
     from headscope.probe.atlas.atlas import HeadAtlas
@@ -94,7 +93,7 @@ def save(atlas: HeadAtlas, path: Path) -> Path:
     Raises:
         StoreError: the folder takes no file.
     """
-    return write_whole(path, (json.dumps(encode(atlas), allow_nan=False) + "\n").encode("ascii"))
+    return write_document(path, encode(atlas))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -103,18 +102,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         StoreError: there is none, or it is no atlas of this version.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise StoreError(f"{path} is no atlas: byte {error.start} is not UTF-8") from error
-    try:
-        return decode(json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number))
-    except StoreError as error:
-        raise StoreError(f"{path.name}: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise StoreError(f"{path.name} is no JSON: {error}") from error
+    return read_document(path, "atlas", decode)
 
 
 def _of_redundancy(found: Redundancy) -> dict[str, object]:
@@ -221,16 +209,3 @@ def _word(given: object, where: str) -> str:
     if not isinstance(given, str):
         raise StoreError(f"{where} is {given!r}: expected text")
     return given
-
-
-def _unique(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in pairs:
-        if key in found:
-            raise StoreError(f"{key!r} stands there twice")
-        found[key] = value
-    return found
-
-
-def _no_number(text: str) -> object:
-    raise StoreError(f"it holds {text}, which is not a number of JSON")

@@ -6,7 +6,6 @@ that only the process that ran the model holds.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -20,7 +19,7 @@ from torch import Tensor
 from headscope.kernels.errors import NonFiniteError, ShapeError, StoreError
 from headscope.probe.attribution.ledger import Entry, Ledger
 from headscope.probe.call import AttentionSite
-from headscope.probe.whole_file import write_whole
+from headscope.probe.document import read_document, write_document
 
 if TYPE_CHECKING:
     from headscope.probe.attribution.attribution import Attribution
@@ -121,7 +120,7 @@ def save(attribution: Attribution, path: Path) -> Path:
     Raises:
         StoreError: the folder takes no file.
     """
-    return write_whole(path, (json.dumps(encode(attribution), allow_nan=False) + "\n").encode("ascii"))
+    return write_document(path, encode(attribution))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -130,31 +129,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         StoreError: there is none, or it is no attribution of this version.
     """
-    try:
-        text = path.read_bytes().decode("ascii")
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise StoreError(f"{path} is no attribution: byte {error.start} is not ASCII") from error
-    try:
-        return decode(json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number))
-    except StoreError as error:
-        raise StoreError(f"{path.name}: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise StoreError(f"{path.name} is no JSON: {error}") from error
-
-
-def _unique(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in pairs:
-        if key in found:
-            raise StoreError(f"{key!r} stands there twice")
-        found[key] = value
-    return found
-
-
-def _no_number(text: str) -> object:
-    raise StoreError(f"it holds {text}, which is not a number of JSON")
+    return read_document(path, "attribution", decode)
 
 
 def _check_keys(given: Mapping[str, object], keys: Iterable[str], where: str) -> None:

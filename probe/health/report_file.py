@@ -5,7 +5,6 @@ NaN, which JSON cannot say, is written as null; the reason stands under `undefin
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -14,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from headscope.kernels.errors import HeadscopeError, StoreError
 from headscope.probe.call import AttentionSite
+from headscope.probe.document import read_document, write_document
 from headscope.probe.health.baselines import Baselines
 from headscope.probe.health.findings import SEVERITIES, Finding, worst
 from headscope.probe.health.measures import GradientMeasures, HeadMeasures, Plain, StreamMeasures, plain
 from headscope.probe.health.thresholds import Thresholds, thresholds_of
-from headscope.probe.whole_file import write_whole
 
 if TYPE_CHECKING:
     from headscope.probe.health.report import HealthReport
@@ -114,7 +113,7 @@ def save(report: HealthReport, path: Path) -> Path:
     Raises:
         StoreError: the folder takes no file.
     """
-    return write_whole(path, (json.dumps(encode(report), allow_nan=False) + "\n").encode("ascii"))
+    return write_document(path, encode(report))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -123,22 +122,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         StoreError: there is none, or it is no report of this version.
     """
-    try:
-        text = path.read_bytes().decode("ascii")
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise StoreError(f"{path} is no health report: byte {error.start} is not ASCII") from error
-    try:
-        return decode(json.loads(text, parse_constant=_no_number))
-    except StoreError as error:
-        raise StoreError(f"{path.name}: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise StoreError(f"{path.name} is no JSON: {error}") from error
-
-
-def _no_number(text: str) -> object:
-    raise StoreError(f"it holds {text}, which is not a number of JSON")
+    return read_document(path, "health report", decode)
 
 
 def places(heads: Sequence[HeadMeasures]) -> list[str]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from headscope.interventions.edit import Edit
 from headscope.interventions.ops import Add, Assign, Bias, Mask, Patch, Renorm, Scale
-from headscope.interventions.select import Selector, Stretch
+from headscope.interventions.positions import Stretch
+from headscope.interventions.select import Selector
 from headscope.probe.call import AttentionCall, AttentionSite, Handler
 
 ORDER = ("q", "k", "v", "bias", "scores", "pattern", "z", "o")
