@@ -26,7 +26,7 @@ from headscope.probe.attribution.as_html import image_of, names_of
 from headscope.probe.attribution.attribute import attribute
 from headscope.probe.attribution.attribution import Attribution
 from headscope.probe.attribution.baselines import METHODS
-from headscope.probe.attribution.curves import rank_correlation
+from headscope.probe.attribution.correlation import rank_correlation
 from headscope.probe.attribution.reasoning import attribute_span, open_ended
 from headscope.probe.attribution.rules import RULE_SETS
 from headscope.probe.attribution.target import Target, id_named

@@ -16,7 +16,7 @@ import torch
 
 from headscope.app.report.measures import SHARES_REMOVED, Settings, levels_of, short
 from headscope.app.report.schema import Json
-from headscope.probe.attribution.curves import rank_correlation
+from headscope.probe.attribution.correlation import rank_correlation
 from headscope.probe.attribution.interval import Interval, bootstrap
 from headscope.probe.attribution.measured import POSITION
 from headscope.probe.call import AttentionSite

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from headscope.probe.attribution.curves import rank_correlation
+from headscope.probe.attribution.correlation import rank_correlation
 from headscope.probe.attribution.measured import Faithfulness
 
 # Area between the curves: ViT-B-16 on ImageNet, LLaMA 2-7b on IMDB and on Wikipedia. AttnLRP on the ViT is with the γ rule.

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from headscope.kernels.errors import InputError, NonFiniteError, ShapeError
+from headscope.probe.attribution.correlation import correlation
 
 Read = Callable[[Tensor], tuple[Tensor, Tensor]]  # keep [n, U] -> the target's value [n], its probability [n]
 
@@ -221,28 +221,6 @@ def area(removed: Sequence[int], heights: Sequence[float]) -> float:
     """Mean height of a curve over the share removed, by the trapezoid rule."""
     slices = [(right - left) * (a + b) / 2 for left, right, a, b in zip(removed[:-1], removed[1:], heights[:-1], heights[1:], strict=True)]
     return math.fsum(slices) / (removed[-1] - removed[0])
-
-
-def correlation(a: Tensor, b: Tensor) -> float | None:
-    """Pearson's, of two [n] in float64; None where one of them does not vary beyond rounding."""
-    a, b = a.double(), b.double()
-    noise = [1e-12 * math.sqrt(len(x)) * float(x.abs().max()) for x in (a, b)]
-    a, b = a - a.mean(), b - b.mean()
-    sizes = float(a.norm()), float(b.norm())
-    if sizes[0] <= noise[0] or sizes[1] <= noise[1]:
-        return None
-    return max(-1.0, min(1.0, float((a / sizes[0]) @ (b / sizes[1]))))
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's, of two [n]; equal numbers share their mean rank."""
-    return correlation(_mean_ranks(a), _mean_ranks(b))
-
-
-def _mean_ranks(values: Tensor) -> Tensor:
-    _, inverse, counts = np.unique(values.detach().cpu().double().numpy(), return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return torch.from_numpy((ends - (counts - 1) / 2)[inverse])
 
 
 def _sensitivities(relevance: Tensor, subsets: Subsets) -> tuple[float | None, ...]:

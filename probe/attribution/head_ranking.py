@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from headscope.kernels.errors import HeadscopeError, SelectionError
+from headscope.probe.attribution.correlation import correlation, rank_correlation
 from headscope.probe.call import AttentionSite
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class HeadRanking:
             best = [set(x.abs().argsort(descending=True, stable=True)[:count].tolist()) for x in (a, b)]
             found.append(
                 Agreement(
-                    first, second, correlation(ranks(a.abs()), ranks(b.abs())), correlation(a, b),
+                    first, second, rank_correlation(a.abs(), b.abs()), correlation(a, b),
                     len(best[0] & best[1]) / count, count / len(a), count,
                 )
             )  # fmt: skip
@@ -151,19 +151,3 @@ class HeadRanking:
         if method not in self.scores:
             raise SelectionError(f"no scores by {method!r}: there are {', '.join(self.scores)}")
         return self.scores[method]
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Ranks from 1, equal values sharing their mean rank."""
-    inverse: Tensor
-    counts: Tensor
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    shared = counts.cumsum(0) - (counts.double() - 1) / 2
-    return shared[inverse]
-
-
-def correlation(a: Tensor, b: Tensor) -> float | None:
-    """Pearson's; None where one of them does not vary."""
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(a.norm() * b.norm())
-    return None if scale == 0 else max(-1.0, min(1.0, float(a @ b) / scale))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from headscope.kernels.errors import InputError, NonFiniteError, SelectionError, ShapeError
 from headscope.probe.attribution.attribute import attribute
 from headscope.probe.attribution.attribution import Attribution
-from headscope.probe.attribution.curves import rank_correlation
+from headscope.probe.attribution.correlation import rank_correlation
 from headscope.probe.attribution.faithfulness import Ranker
 from headscope.probe.attribution.target import Scalar, Target, as_target
 

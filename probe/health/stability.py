@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from headscope.kernels.errors import HeadscopeError, InputError, NotIntercepted
 from headscope.probe.attribution.as_html import table
-from headscope.probe.attribution.head_ranking import correlation, ranks
+from headscope.probe.attribution.correlation import rank_correlation
 from headscope.probe.call import AttentionSite
 from headscope.probe.health.inputs import Batch, Inputs, batches_of, refuse_training
 from headscope.probe.health.kept import Kept
@@ -305,5 +305,5 @@ def _top(norms: Tensor, share: float) -> Tensor:
 def _spearman(a: Tensor, b: Tensor) -> float:
     if not bool(a.isfinite().all() and b.isfinite().all()):
         return math.nan
-    found = correlation(ranks(a), ranks(b))
+    found = rank_correlation(a, b)
     return math.nan if found is None else found

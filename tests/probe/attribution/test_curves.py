@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from headscope.kernels.errors import InputError, NonFiniteError, ShapeError
+from headscope.probe.attribution.correlation import correlation, rank_correlation
 from headscope.probe.attribution.curves import (
     Curves,
     area,
-    correlation,
     draw_subsets,
     measure_curves,
     points,
-    rank_correlation,
     ranking,
     without,
 )

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 from headscope.kernels.errors import InputError, NotIntercepted, SelectionError
 from headscope.probe import load
 from headscope.probe.attribution.attribute import attribute
-from headscope.probe.attribution.head_ranking import HeadRanking, correlation, ranks
+from headscope.probe.attribution.correlation import correlation, ranks
+from headscope.probe.attribution.head_ranking import HeadRanking
 from headscope.probe.attribution.heads import rank_heads
 from headscope.probe.attribution.target import Target
 
