@@ -292,6 +292,7 @@ def turned() -> saferope.Report:
     return saferope.run(LAYER_AND_MODEL)
 
 
+@pytest.mark.slow
 def test_every_way_with_saferope_is_timed_in_every_round_and_has_a_row(turned: saferope.Report) -> None:
     assert list(turned.layer) == list(saferope.layer_labels(LAYER_AND_MODEL.layer))
     assert list(turned.model) == list(saferope.MODEL_LABELS)

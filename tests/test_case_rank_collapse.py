@@ -41,6 +41,7 @@ def results(quick: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_all_parts_tables_and_figures_are_written(quick: Path, results: dict[str, Any]) -> None:
     assert {"a", "b", "c", "d", "made"} == set(results)
     assert "nan" not in (quick / "results.md").read_text(encoding="utf-8").lower()
@@ -48,17 +49,20 @@ def test_all_parts_tables_and_figures_are_written(quick: Path, results: dict[str
         assert ElementTree.parse(quick / name).getroot().tag.endswith("svg")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_keeps_its_finished_cells(quick: Path, results: dict[str, Any]) -> None:
     assert results["a"]["uniform_causal"] == KEPT
     assert len(results["a"]["cubic"]) == 2
     assert not (quick / "cells.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_attention_alone_loses_more_than_attention_with_skips(results: dict[str, Any]) -> None:
     last = {name: [seed["frobenius"][3] for seed in seeds] for name, seeds in results["a"]["decay"]["bidirectional"].items()}
     assert max(last["attention alone"]) < -4 < -0.5 < min(last["with skips"])
 
 
+@pytest.mark.slow
 def test_the_health_report_names_the_collapse_of_a_model_without_skips_and_none_in_the_intact_one(results: dict[str, Any]) -> None:
     cuts = results["d"]["embedded:vit"]
     named = {cut: {row["layer"] for row in cuts[cut]["report"]["findings"] if row["rule"] == "token-collapse"} for cut in cuts}
@@ -66,6 +70,7 @@ def test_the_health_report_names_the_collapse_of_a_model_without_skips_and_none_
     assert named["without attention skips"] == {2, 3}
 
 
+@pytest.mark.slow
 def test_the_report_measures_the_residual_that_the_study_measures(results: dict[str, Any]) -> None:
     for cuts in results["d"].values():
         for row in cuts.values():
@@ -73,6 +78,7 @@ def test_the_report_measures_the_residual_that_the_study_measures(results: dict[
                 assert reported == pytest.approx(own, rel=1e-6, abs=1e-14)
 
 
+@pytest.mark.slow
 def test_the_models_are_whole_again_after_the_surgery(results: dict[str, Any]) -> None:
     cuts = results["d"]["embedded:vit"]
     assert cuts["intact"]["accuracy"] == 1.0
